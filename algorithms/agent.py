@@ -1,0 +1,119 @@
+"""The one interface between the harness and every algorithm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from suites.base import Episode, SuiteSpec
+
+
+class Config(BaseModel):
+    """Base of every algorithm's settings: immutable, validated, each field documented in place.
+
+    The string below a field is its documentation and names its source (paper, section, equation);
+    `bench show` prints it. Unknown names and values out of range raise pydantic.ValidationError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Plan(NamedTuple):
+    """How long a run will be, for agents whose schedules scale with it."""
+
+    steps_per_task: int
+    """Training steps of each task."""
+    horizon: int
+    """Steps per episode."""
+    warmup_steps: int
+    """Steps per task before the first update; their episodes count for no statistics."""
+
+    @property
+    def episodes_per_task(self) -> int:
+        return self.steps_per_task // self.horizon
+
+
+class Batch(NamedTuple):
+    """Transitions, task-major: B of each of the T tasks, on the agent's device."""
+
+    obs: Tensor  # (T, B, O)
+    action: Tensor  # (T, B, A)
+    reward: Tensor  # (T, B, 1), unscaled
+    next_obs: Tensor  # (T, B, O)
+    terminated: Tensor  # (T, B, 1), 0 or 1
+    truncated: Tensor  # (T, B, 1), 0 or 1
+    mean_reward: Tensor  # (T, 1, 1), mean unscaled reward of each task over the whole replay
+    extras: dict[str, Tensor]  # what the agent stored beside each transition: (T, B, ...)
+
+
+class Action(NamedTuple):
+    """Actions (T, E, A) in [-1, 1] and what to store with the transitions, one row per (T, E)."""
+
+    action: np.ndarray
+    extras: dict[str, np.ndarray]
+
+
+class Agent(ABC):
+    """One multi-task learner. Subclasses are the algorithms; the harness knows only this."""
+
+    Config: ClassVar[type[Config]]
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Ablations as differences from Config (or of protocol fields). ``fixed{start_stage}`` takes
+    the integer in the variant's name as that field's value."""
+    PAPER: ClassVar[str] = ""
+    """Citation shown by `bench list`."""
+
+    suite: SuiteSpec
+    device: torch.device
+    extras_spec: dict[str, tuple[tuple[int, ...], str]]
+    """Shape and numpy dtype per transition of what `act` returns in `Action.extras`."""
+
+    def __init__(
+        self, suite: SuiteSpec, config: Config, plan: Plan, *, seed: int, device: str = "cpu"
+    ) -> None:
+        """``seed`` is the run's; take streams from it with `suites.base.stream`."""
+        self.suite, self.config, self.plan = suite, config, plan
+        self.device = torch.device(device)
+        self.extras_spec = {}
+
+    @abstractmethod
+    def act(self, obs: np.ndarray, explore: bool) -> Action:
+        """Actions for observations (T, E, O). ``explore=False`` draws nothing from any generator."""
+
+    @abstractmethod
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step. Returns metrics as (T,) tensors, without a host synchronisation."""
+
+    def on_episode_start(self, task: int, env: int) -> None:
+        """A training episode starts in environment ``env`` of ``task`` (never in evaluation)."""
+
+    def on_episode_end(self, episode: Episode) -> None:
+        """A training episode ended (never in evaluation)."""
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """The agent's own state, for figures (genotypes, stages, temperatures): no objects."""
+        return {}
+
+    def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """What depends on the state, for observations (T, P, O): routes, attention, modules used."""
+        return {}
+
+    @abstractmethod
+    def parameter_counts(self) -> dict[str, int]:
+        """``{"actor": n, "critic": n}`` with one critic, as the papers count."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training continues from: weights, optimisers, generators, populations.
+
+        Tensors, numbers, strings, lists and dicts only (it is loaded without unpickling objects).
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""

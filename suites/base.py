@@ -1,0 +1,131 @@
+"""What a suite of tasks is, to everybody who is not a simulator.
+
+The leading axis of every array is the task: ``T`` tasks, ``E`` environments per task, ``O``
+observation and ``A`` action numbers. All environments step in lockstep.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSpec:
+    """The shape of a suite. The number of tasks is stated here and nowhere else."""
+
+    name: str
+    task_names: tuple[str, ...]
+    obs_dim: int
+    action_dim: int
+    horizon: int
+    """Steps per episode; every episode ends by truncation there."""
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.task_names)
+
+
+class Episode(NamedTuple):
+    """One finished episode of environment ``env`` of task ``task``."""
+
+    task: int
+    env: int
+    return_: float
+    """Sum of the unscaled rewards."""
+    success: bool
+    """Whether the task's success rule held at any step."""
+    length: int
+
+
+class Step(NamedTuple):
+    """What one lockstep of all environments brought."""
+
+    obs: np.ndarray
+    """(T, E, O) float32: the observation to act on next, after a reset where an episode ended."""
+    next_obs: np.ndarray
+    """(T, E, O) float32: the true successor of the action, also where an episode ended."""
+    reward: np.ndarray
+    """(T, E) float32, unscaled."""
+    terminated: np.ndarray
+    """(T, E) bool: the task itself ended (never true in Meta-World)."""
+    truncated: np.ndarray
+    """(T, E) bool: the time limit was reached; the value of ``next_obs`` is still worth having."""
+    episodes: list[Episode]
+    """Episodes that ended at this step, ordered by task, then environment."""
+
+
+class SimulatorError(RuntimeError):
+    """A simulator raised or a worker died; the message names the task and its seed."""
+
+
+class VectorEnv(ABC):
+    """T x E environments stepped in lockstep, each with a generator of its own."""
+
+    spec: SuiteSpec
+    envs_per_task: int
+
+    @abstractmethod
+    def reset(self, seeds: np.ndarray | None = None) -> np.ndarray:
+        """Start an episode everywhere and return the observations (T, E, O) float32.
+
+        ``seeds`` (T, E), integers: first re-seed each environment's generator, which makes the
+        episode a function of the seed alone. Without it the generators run on.
+        """
+
+    @abstractmethod
+    def step(self, action: np.ndarray) -> Step:
+        """Apply actions (T, E, A) in [-1, 1] and reset the environments whose episode ended.
+
+        Raises SimulatorError if a simulator fails or a worker process dies.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able generator states from which `load_state_dict` restarts the current episodes.
+
+        Only at an episode boundary (every environment at step 0): raises RuntimeError elsewhere.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Restart the episodes that `state_dict` saw; returns their first observations (T, E, O)."""
+
+    def close(self) -> None:  # noqa: B027  (most suites have nothing to release)
+        """Release worker processes and simulators; safe to call twice."""
+
+
+class Suite(ABC):
+    """A named collection of tasks that can make environments and knows reference policies."""
+
+    spec: SuiteSpec
+    frozen_goals: bool
+    """One goal per task and run: all episodes of a deterministic policy are identical."""
+
+    @abstractmethod
+    def make(
+        self, *, seed: int, envs_per_task: int = 1, workers: int = 0, autoreset: bool = True
+    ) -> VectorEnv:
+        """Environments whose goals derive from ``seed`` (a run's seed, not a stream of it).
+
+        ``workers``: processes to step in (0: in this one); trajectories do not depend on it.
+        ``autoreset=False`` (evaluation): an ended episode stays ended until `reset`.
+        """
+
+    @abstractmethod
+    def expert(self, obs: np.ndarray) -> np.ndarray:
+        """Actions (T, E, A) of the suite's scripted experts for observations (T, E, O)."""
+
+
+def stream(seed: int, *names: str | int) -> int:
+    """The seed (64 bits) of a named random stream of a run, independent of all other streams.
+
+    A run has one stream each for environments, evaluation, replay, network initialisation,
+    action noise and the genetic algorithm, so that drawing more from one never moves another.
+    """
+    keys = [name if isinstance(name, int) else zlib.crc32(name.encode()) for name in names]
+    return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0])
