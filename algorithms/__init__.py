@@ -1,0 +1,44 @@
+"""The papers: one file per algorithm behind the interface of `algorithms.agent`."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from algorithms.agent import Agent
+
+ENTRY_POINT_GROUP = "mega_bench.algorithms"
+
+_BUILT_IN = {
+    "mega": "algorithms.mega:MEGA",
+    "d2r": "algorithms.d2r:D2R",
+    "mtmh_sac": "algorithms.mtmh_sac:MTMHSAC",
+    "mt_sac": "algorithms.mt_sac:MTSAC",
+}
+
+
+@cache
+def table() -> dict[str, str]:
+    """Name -> "module:Class" of every algorithm, installed plug-ins included."""
+    plugins = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return _BUILT_IN | plugins
+
+
+def names() -> list[str]:
+    """Registered algorithms."""
+    return list(table())
+
+
+def load(name: str) -> type[Agent]:
+    """The class of the algorithm ``name``; raises ValueError naming the nearest match."""
+    if name not in table():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown algorithm {name!r}; known: {', '.join(names())}{hint}")
+    module, _, attribute = table()[name].partition(":")
+    agent: type[Agent] = getattr(import_module(module), attribute)
+    return agent

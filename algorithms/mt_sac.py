@@ -1,0 +1,50 @@
+"""MT-SAC: one soft actor-critic for all tasks, told the task by a one-hot id.
+
+Yu et al. 2019 (Meta-World, Sec. 5); sizes as compared in D2R Table 2 (five layers of 400).
+
+    pi, Q_k : [s, (a,) onehot(task)] -> 400 -> 400 -> 400 -> 400 -> 400 -> output
+
+The one-hot id is a bias per task in the first layer: the same function, the same parameters.
+
+Departures: none.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from algorithms.nn import mlp
+from algorithms.sac import SAC, SACConfig
+
+
+class MTSACConfig(SACConfig):
+    """Settings of MT-SAC."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """Units of each hidden layer (D2R Table 2)."""
+    depth: Annotated[int, Field(ge=1)] = 5
+    """Hidden layers (D2R Table 2; Soft Modularization uses 3)."""
+
+
+class MTSAC(SAC):
+    """Multi-task SAC on a plain network with a one-hot task id."""
+
+    Config = MTSACConfig
+    config: MTSACConfig
+    PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 2)"
+
+    def make_actor(self) -> nn.Module:
+        """[s, onehot] -> mean and log std of the action."""
+        suite, hidden = self.suite, [self.config.width] * self.config.depth
+        return mlp(suite.obs_dim, hidden, 2 * suite.action_dim, one_hot=suite.num_tasks)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a, onehot] -> Q, twice."""
+        suite, hidden = self.suite, [self.config.width] * self.config.depth
+        return mlp(
+            suite.obs_dim + suite.action_dim, hidden, 1,
+            copies=2, one_hot=suite.num_tasks, layer_norm=self.config.critic_layer_norm,
+        )  # fmt: skip

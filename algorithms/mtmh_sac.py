@@ -1,0 +1,47 @@
+"""MTMH-SAC: multi-task SAC with a shared trunk and an output head per task.
+
+Yu et al. 2019 (Meta-World, Sec. 5); sizes as compared in D2R Table 3 (five layers of 400). The
+one-hot task id stays in the input (Soft Modularization's code; the published parameter counts
+of D2R Table 8 hold with it and not without).
+
+    h = trunk([s, (a,) onehot(task)]);   output = h W_task + b_task
+
+Departures: none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from algorithms.mt_sac import MTSACConfig
+from algorithms.nn import TaskLinear, mlp
+from algorithms.sac import SAC
+
+
+class MTMHSACConfig(MTSACConfig):
+    """Settings of MTMH-SAC: those of MT-SAC (D2R Table 3)."""
+
+
+class MTMHSAC(SAC):
+    """Multi-task SAC with a head per task."""
+
+    Config = MTMHSACConfig
+    config: MTMHSACConfig
+    PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 3)"
+
+    def make_actor(self) -> nn.Module:
+        """[s, onehot] -> trunk -> the task's head."""
+        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a, onehot] -> trunk -> the task's head, twice."""
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
+
+    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+        tasks, hidden = self.suite.num_tasks, [self.config.width] * self.config.depth
+        trunk = mlp(inputs, hidden, None, copies=copies, one_hot=tasks, layer_norm=layer_norm)
+        head = TaskLinear(tasks, self.config.width, outputs, copies=copies, last=True)
+        return nn.Sequential(trunk, head)

@@ -1,0 +1,155 @@
+"""Network parts that several algorithms share, with a leading axis of independent copies.
+
+Every parameter has the copies ``C`` first, so that twin critics are one network with C = 2 and one
+batched product per layer; an actor has C = 1. Activations are ``(C, T, B, width)``: copy, task, row
+of the task's batch. The task is an axis, hence a network that the papers feed with a one-hot task
+id has a bias per task in its first layer: the same function and the same parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Init = Literal["authors", "torch"]
+
+LOG_STD_RANGE = (-20.0, 2.0)
+"""Clamp of the policy's log standard deviation (code of Soft Modularization and of D2R)."""
+
+
+class Linear(nn.Module):
+    """y = x W + b (+ u_task where the layer sees a one-hot task id of ``one_hot`` entries)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, copies: int = 1, one_hot: int = 0, last: bool = False
+    ) -> None:
+        """``last``: this is a network's output layer, which the authors initialise near zero."""
+        super().__init__()
+        self.last = last
+        self.weight = nn.Parameter(torch.empty(copies, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, 1, outputs))
+        self.task_bias = nn.Parameter(torch.empty(copies, one_hot, 1, outputs)) if one_hot else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        copies, inputs, outputs = self.weight.shape
+        rows = x.reshape(x.shape[0], -1, inputs).expand(copies, -1, -1)  # (C, T*B, inputs)
+        y = torch.baddbmm(self.bias, rows, self.weight)
+        y = y.view(copies, *x.shape[1:-1], outputs)
+        return y if self.task_bias is None else y + self.task_bias
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the parameters; see `initialise`."""
+        _, inputs, outputs = self.weight.shape
+        fan_in = inputs + (0 if self.task_bias is None else self.task_bias.shape[1])
+        columns = [self.weight] if self.task_bias is None else [self.weight, self.task_bias]
+        _draw(columns, self.bias, fan_in, outputs, self.last, scheme, generator)
+
+
+class TaskLinear(nn.Module):
+    """A linear layer of its own for each task: the output heads of a multi-head network."""
+
+    def __init__(
+        self, tasks: int, inputs: int, outputs: int, *, copies: int = 1, last: bool = False
+    ) -> None:
+        super().__init__()
+        self.last = last
+        self.weight = nn.Parameter(torch.empty(copies, tasks, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, tasks, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C, T, B, inputs) -> (C, T, B, outputs)."""
+        return torch.matmul(x, self.weight) + self.bias
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the parameters; see `initialise`. The authors' layer is one of T x outputs."""
+        _, tasks, inputs, outputs = self.weight.shape
+        _draw([self.weight], self.bias, inputs, tasks * outputs, self.last, scheme, generator)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, with a scale and a shift for each copy."""
+
+    def __init__(self, width: int, *, copies: int = 1) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(copies, 1, 1, width))
+        self.shift = nn.Parameter(torch.zeros(copies, 1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C, T, B, width) -> the same shape."""
+        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:]), self.scale)
+
+
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int | None,
+    *,
+    copies: int = 1,
+    one_hot: int = 0,
+    layer_norm: bool = False,
+) -> nn.Sequential:
+    """Linear (-> LayerNorm) -> ReLU for each hidden width, then a linear output unless None."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers.append(Linear(inputs, width, copies=copies, one_hot=one_hot))
+        if layer_norm:
+            layers.append(LayerNorm(width, copies=copies))
+        layers.append(nn.ReLU())
+        inputs, one_hot = width, 0
+    if outputs is not None:
+        layers.append(Linear(inputs, outputs, copies=copies, one_hot=one_hot, last=True))
+    return nn.Sequential(*layers)
+
+
+def initialise(network: nn.Module, scheme: Init, generator: torch.Generator) -> None:
+    """Draw all layers of ``network`` from ``generator``, copy after copy from the same law.
+
+    ``authors`` (code of Soft Modularization and D2R): weights U(+-1/sqrt(output width)), bias 0.1;
+    output layers U(+-0.003) throughout. ``torch``: U(+-1/sqrt(input width)) throughout.
+    """
+    for layer in network.modules():
+        if isinstance(layer, Linear | TaskLinear):
+            layer.initialise(scheme, generator)
+
+
+def _draw(
+    weights: Sequence[Tensor],
+    bias: Tensor,
+    fan_in: int,
+    fan_out: int,
+    last: bool,
+    scheme: Init,
+    generator: torch.Generator,
+) -> None:
+    with torch.no_grad():
+        if scheme == "authors" and not last:
+            bound = 1 / math.sqrt(fan_out)
+            bias.fill_(0.1)
+        else:
+            bound = 3e-3 if scheme == "authors" else 1 / math.sqrt(fan_in)
+            bias.uniform_(-bound, bound, generator=generator)
+        for weight in weights:
+            weight.uniform_(-bound, bound, generator=generator)
+
+
+def split_gaussian(params: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the Gaussian before squashing, from (..., 2A) outputs."""
+    mean, log_std = params.chunk(2, dim=-1)
+    return mean, log_std.clamp(*LOG_STD_RANGE).exp()
+
+
+def squash(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Action a = tanh(u), u = mean + std * noise, and log pi(a) summed over A (..., 1).
+
+    log pi(a) = log N(u; mean, std) - sum log(1 - tanh(u)^2 + 1e-6)  (Haarnoja et al. 2018, App. C).
+    """
+    action = torch.tanh(torch.addcmul(mean, std, noise))
+    log_normal = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = log_normal - torch.log(1 - action.square() + 1e-6)
+    return action, log_prob.sum(-1, keepdim=True)

@@ -1,0 +1,306 @@
+"""Multi-task soft actor-critic, the learner under every algorithm of the comparison.
+
+Haarnoja et al. 2018 (SAC with learned temperature), with what the papers compared here share:
+one temperature per task, task losses weighted by softmax(-log alpha) and an extreme-loss mask
+(Soft Modularization Sec. 4.3; D2R Eq. 15, App. A.2).
+
+Symbols: T tasks, B transitions per task, A action numbers; pi the actor, Q1 and Q2 the critics
+(stacked on a leading axis of 2), Q' their slow targets, alpha the temperatures.
+
+Departures, alike for all algorithms:
+ 1. All losses use the parameters from before the step, and one backward pass serves them
+    (D2R's code); the papers print no order.
+ 2. A row is drawn independently for each task (the authors' code draws one row index for all).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from algorithms.agent import Action, Agent, Batch, Config, Plan
+from algorithms.nn import Init, initialise, split_gaussian, squash
+from suites.base import SuiteSpec, stream
+
+Phase = Literal["explore", "exploit", "policy", "value", "target"]
+"""Why a network is called: to collect data, to act greedily in evaluation, for the actor's loss
+at s, for the critics' loss at (s, a), for the target at s'. Routed networks choose by it."""
+
+Extras = dict[str, Tensor]
+
+
+class SACConfig(Config):
+    """What all algorithms share. Values are the paper recipe's; presets state their differences."""
+
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Discount (MEGA Table 2; D2R Table 1)."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.005
+    """Share of the new parameters in each soft target update (MEGA Table 2)."""
+    actor_lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Adam learning rate of the actor (MEGA Table 2)."""
+    critic_lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Adam learning rate of the critics (MEGA Table 2)."""
+    alpha_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Adam learning rate of the log temperatures (MEGA Table 2; D2R's code)."""
+    alpha_max: Annotated[float, Field(gt=0)] | None = 1.0
+    """Cap of each temperature, applied after every step (D2R's code; not in the papers)."""
+    target_entropy: float | None = None
+    """Entropy the temperatures aim at; none: minus the number of action numbers (SAC)."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest L2 norm of each network's gradient (both authors' code)."""
+    loss_weight: Literal["log_alpha", "alpha", "none"] = "log_alpha"
+    """Weight of a task's actor and critic losses: T softmax(-log alpha) (both authors' code),
+    T softmax(-alpha) (as Soft Modularization Eq. 11 and D2R Eq. 15 print it), or 1."""
+    extreme_loss: Annotated[float, Field(gt=0)] | None = 3e3
+    """A task whose losses sum to more than this is left out of the step (D2R App. A.2)."""
+    reward_scale: Annotated[float, Field(gt=0)] = 0.1
+    """Factor on rewards in the losses (MEGA Table 2); returns are reported unscaled."""
+    time_limit: Literal["bootstrap", "terminal"] = "bootstrap"
+    """Whether the value of the state at the time limit counts; D2R's code treats it as terminal."""
+    init: Init = "authors"
+    """Network initialisation: uniform +-1/sqrt(output width), bias 0.1, output layer +-3e-3 (both
+    authors' code), or torch's default."""
+    critic_layer_norm: bool = False
+    """LayerNorm before each hidden activation of the critics (reduced recipe only)."""
+    reward_balance: Annotated[float, Field(ge=1)] | None = None
+    """Cap of the per-task factor (largest task's mean reward / this task's mean reward) on rewards,
+    after Cho et al. 2025 (ARS); none: no balancing (the papers)."""
+    reward_balance_every: Annotated[int, Field(ge=1)] = 2000
+    """Updates between renewals of the reward balance."""
+
+
+class SAC(Agent):
+    """The shared update; an algorithm fills in its networks and, where needed, the seams."""
+
+    config: SACConfig
+
+    def __init__(
+        self, suite: SuiteSpec, config: Config, plan: Plan, *, seed: int, device: str = "cpu"
+    ) -> None:
+        super().__init__(suite, config, plan, seed=seed, device=device)
+        tasks = suite.num_tasks
+        self.init_generator = torch.Generator().manual_seed(stream(seed, "init") % 2**63)
+        self.noise = torch.Generator(device=self.device)
+        self.noise.manual_seed(stream(seed, "noise") % 2**63)
+        self.actor = self._new(self.make_actor())
+        self.critic = self._new(self.make_critic())
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.zeros(tasks, 1, 1, device=self.device, requires_grad=True)
+        self.balance = torch.ones(tasks, 1, 1, device=self.device)
+        self.updates = 0
+        self.entropy_target = (
+            -float(suite.action_dim) if self.config.target_entropy is None
+            else self.config.target_entropy
+        )  # fmt: skip
+        self.actor_optimizer = self._adam(self.actor.parameters(), self.config.actor_lr)
+        self.critic_optimizer = self._adam(self.critic.parameters(), self.config.critic_lr)
+        self.alpha_optimizer = self._adam([self.log_alpha], self.config.alpha_lr)
+
+    def _new(self, network: nn.Module) -> nn.Module:
+        initialise(network, self.config.init, self.init_generator)
+        return network.to(self.device)
+
+    @staticmethod
+    def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+        trained = [p for p in parameters if p.requires_grad]
+        return torch.optim.Adam(trained, lr=lr, fused=True)
+
+    # ------------------------------------------------------------------ what algorithms fill in
+
+    def make_actor(self) -> nn.Module:
+        """The actor, (T, B, O) -> (1, T, B, 2A); every parameter has a leading axis of 1."""
+        raise NotImplementedError
+
+    def make_critic(self) -> nn.Module:
+        """Twin critics, (T, B, O + A) -> (2, T, B, 1); every parameter has a leading axis of 2."""
+        raise NotImplementedError
+
+    def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
+        """Gaussian parameters (T, B, 2A) at observations (T, B, O), and what to store with them.
+
+        ``extras`` is what was stored with the batch's transitions (empty while acting).
+        """
+        output: Tensor = self.actor(obs[None])
+        return output[0], {}
+
+    def value(self, critic: nn.Module, obs: Tensor, action: Tensor, phase: Phase) -> Tensor:
+        """Q1 and Q2 (2, T, B, 1) of ``critic`` (the trained or the target one)."""
+        output: Tensor = critic(torch.cat([obs, action], -1)[None])
+        return output
+
+    def after_update(self) -> None:
+        """Called at the end of each update."""
+
+    # --------------------------------------------------------------------------------- acting
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, explore: bool) -> Action:
+        """A sample of the policy, or tanh of its mean."""
+        tensor = torch.from_numpy(obs).to(self.device)
+        params, extras = self.policy(tensor, "explore" if explore else "exploit", {})
+        mean, std = split_gaussian(params)
+        action = torch.tanh(mean + std * self.normal(mean.shape)) if explore else torch.tanh(mean)
+        return Action(action.cpu().numpy(), {k: v.cpu().numpy() for k, v in extras.items()})
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """Standard normal numbers from the run's stream of action noise."""
+        return torch.randn(shape, generator=self.noise, device=self.device)
+
+    # --------------------------------------------------------------------------------- learning
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on all networks and temperatures; metrics (T,)."""
+        alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
+        target = self.target(batch, alpha)  # (T, B, 1)
+
+        q = self.value(self.critic, batch.obs, batch.action, "value")  # (2, T, B, 1)
+        critic_loss = (q - target).square().mean((2, 3)).sum(0)  # (T,)
+
+        action, log_prob = self.sample(batch.obs, "policy", batch.extras)
+        with frozen(self.critic):
+            q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
+        actor_loss = (alpha * log_prob - q_policy).mean((1, 2))  # (T,)
+
+        surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
+        alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
+
+        weight, kept = self.task_weights(critic_loss + actor_loss + alpha_loss, alpha)
+        loss = (weight * (critic_loss + actor_loss) + kept * alpha_loss).mean()
+        self.step(loss)
+
+        with torch.no_grad():  # Polyak: Q' <- (1 - tau) Q' + tau Q
+            slow, fast = list(self.target_critic.parameters()), list(self.critic.parameters())
+            torch._foreach_lerp_(slow, fast, self.config.tau)
+        self.updates += 1
+        self.after_update()
+        return {
+            "critic_loss": critic_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+            "alpha": alpha[:, 0, 0],
+            "entropy": -log_prob.detach().mean((1, 2)),
+            "q": q.detach().mean((0, 2, 3)),
+            "masked": 1 - kept,
+        }
+
+    @torch.no_grad()
+    def target(self, batch: Batch, alpha: Tensor) -> Tensor:
+        """y = r + gamma (1 - d) (min Q'(s', a') - alpha log pi(a'|s')), shape (T, B, 1)."""
+        action, log_prob = self.sample(batch.next_obs, "target", batch.extras)
+        q = self.value(self.target_critic, batch.next_obs, action, "target").amin(0)
+        done = batch.terminated
+        if self.config.time_limit == "terminal":
+            done = torch.maximum(done, batch.truncated)
+        reward = self.config.reward_scale * self.balanced(batch)
+        return reward + self.config.gamma * (1 - done) * (q - alpha * log_prob)
+
+    def balanced(self, batch: Batch) -> Tensor:
+        """Rewards (T, B, 1) times the task's balance, renewed from the replay's mean rewards."""
+        cap = self.config.reward_balance
+        if cap is None:
+            return batch.reward
+        if self.updates % self.config.reward_balance_every == 0:
+            largest = batch.mean_reward.amax()
+            ratio = largest / batch.mean_reward.clamp_min(1e-8)
+            self.balance = torch.where(largest > 0, ratio.clamp(1, cap), torch.ones_like(ratio))
+        return self.balance * batch.reward
+
+    def sample(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Tensor]:
+        """Actions (T, B, A) of the policy and their log probabilities (T, B, 1)."""
+        mean, std = split_gaussian(self.policy(obs, phase, extras)[0])
+        return squash(mean, std, self.normal(mean.shape))
+
+    def task_weights(self, total_loss: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss weight and mask of each task, both (T,), constants to the gradient."""
+        total = total_loss.detach()
+        limit = self.config.extreme_loss
+        kept = torch.ones_like(total) if limit is None else (total <= limit).to(total.dtype)
+        # A loss that is not a number must surface as such, not vanish behind the mask.
+        kept = torch.where(total.isfinite(), kept, total)
+        if self.config.loss_weight == "none":
+            return kept, kept
+        logit = alpha.log() if self.config.loss_weight == "log_alpha" else alpha
+        return kept * len(total) * torch.softmax(-logit[:, 0, 0], 0), kept
+
+    def step(self, loss: Tensor) -> None:
+        """Backward pass, clipping per network, and Adam on every parameter."""
+        optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        if self.config.grad_clip is not None:
+            clip_per_copy(self.actor.parameters(), self.config.grad_clip)
+            clip_per_copy(self.critic.parameters(), self.config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        if self.config.alpha_max is not None:
+            with torch.no_grad():
+                self.log_alpha.clamp_(max=float(np.log(self.config.alpha_max)))
+
+    # -------------------------------------------------------------------------------- the rest
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of the actor and of one critic."""
+        actor = sum(p.numel() for p in self.actor.parameters())
+        critic = sum(p.numel() // p.shape[0] for p in self.critic.parameters())
+        return {"actor": actor, "critic": critic}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks, optimisers, temperatures, balance and the noise stream."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target_critic": self.target_critic.state_dict(),
+            "log_alpha": self.log_alpha.detach(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "balance": self.balance,
+            "updates": self.updates,
+            "noise": self.noise.get_state(),
+            "init_generator": self.init_generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.target_critic.load_state_dict(state["target_critic"])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.balance = state["balance"].to(self.device)
+        self.updates = state["updates"]
+        self.noise.set_state(state["noise"].cpu())
+        self.init_generator.set_state(state["init_generator"].cpu())
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Build no graph towards the parameters of ``network``; towards its input as usual."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def clip_per_copy(parameters: Iterable[Tensor], limit: float) -> None:
+    """Scale the gradient of each copy (leading axis) to an L2 norm of at most ``limit``."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+    norm = torch.linalg.vector_norm(norms, dim=0)  # (C,)
+    scale = (limit / (norm + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
