@@ -1,0 +1,82 @@
+"""The worlds: suites of tasks by name. Nothing heavy is imported before a suite is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from suites.base import Suite
+
+GOALS = ("fresh", "benchmark50")
+REWARD_VERSIONS = ("v2", "v1")
+MAX_HORIZON = 500
+"""Steps after which Meta-World itself refuses to go on; the limit of all suites."""
+
+_ENTRY_POINTS = "mega_bench.suites"
+_LOADERS = {
+    "mt": "suites.metaworld:load",
+    "custom": "suites.metaworld:load",
+    "toy": "suites.toy:load",
+}
+"""How a suite's name begins -> "module:function" with the signature of `load`."""
+
+_NAMES = (
+    *(f"mt{size}_{kind}" for size in (10, 25, 50) for kind in ("fixed", "rand")),
+    *(f"mt1_{kind}:<task>" for kind in ("fixed", "rand")),
+    *(f"custom_{kind}:<task>+<task>" for kind in ("fixed", "rand")),
+    "toy",
+    "toy<tasks>",
+)
+
+
+def names() -> list[str]:
+    """What `load` takes, patterns such as ``mt1_rand:<task>`` as text, for listings."""
+    return [*_NAMES, *(f"{prefix}..." for prefix in _third_party())]
+
+
+def load(
+    name: str, *, goals: str = "fresh", reward_version: str = "v2", horizon: int = 200
+) -> Suite:
+    """The suite of this name.
+
+    ``goals``: "fresh" draws goals from the tasks' whole ranges, "benchmark50" from the 50 that
+    Meta-World's benchmarks use per task. ``reward_version``: Meta-World's reward "v2" or "v1"
+    (success goes by the v2 rule with both). ``horizon``: steps per episode, 1 to 500.
+
+    Raises ValueError for what is unknown, naming it, what is allowed and what comes nearest.
+    """
+    if goals not in GOALS:
+        raise unknown("goals", goals, GOALS)
+    if reward_version not in REWARD_VERSIONS:
+        raise unknown("reward_version", reward_version, REWARD_VERSIONS)
+    if isinstance(horizon, bool) or not isinstance(horizon, int):
+        raise ValueError(f"horizon {horizon!r} is not a whole number of steps")
+    if not 1 <= horizon <= MAX_HORIZON:
+        raise ValueError(f"horizon {horizon} is outside 1 to {MAX_HORIZON} steps")
+    loaders = _LOADERS | _third_party()
+    for prefix in sorted(loaders, key=len, reverse=True):
+        if name.startswith(prefix):
+            module, function = loaders[prefix].split(":")
+            suite = getattr(import_module(module), function)(
+                name, goals=goals, reward_version=reward_version, horizon=horizon
+            )
+            assert isinstance(suite, Suite), f"{loaders[prefix]} returned no Suite"
+            return suite
+    raise unknown("suite", name, names())
+
+
+def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
+    """The error for a value that is not among those allowed, with the nearest of them."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {what} {value!r}{hint} (allowed: {', '.join(allowed)})")
+
+
+def _third_party() -> dict[str, str]:
+    found = {entry.name: entry.value for entry in entry_points(group=_ENTRY_POINTS)}
+    if clash := sorted(found.keys() & _LOADERS.keys()):
+        raise ValueError(f"installed packages register suites under built-in names: {clash}")
+    return found
