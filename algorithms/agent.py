@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,16 +11,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from suites.base import Episode, SuiteSpec
-
-
-class Config(BaseModel):
-    """Base of every algorithm's settings: immutable, validated, each field documented in place.
-
-    The string below a field is its documentation and names its source (paper, section, equation);
-    `bench show` prints it. Unknown names and values out of range raise pydantic.ValidationError.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Plan(NamedTuple):
@@ -35,7 +25,22 @@ class Plan(NamedTuple):
 
     @property
     def episodes_per_task(self) -> int:
+        """Training episodes of each task."""
         return self.steps_per_task // self.horizon
+
+
+class Config(BaseModel):
+    """Base of every algorithm's settings: immutable, validated, each field documented in place.
+
+    The string below a field is its documentation and names its source (paper, section, equation);
+    `bench show` prints it. Unknown names and values out of range raise pydantic.ValidationError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
+        """The same settings with everything decided that depends on the suite or the length."""
+        return self
 
 
 class Batch(NamedTuple):
@@ -72,6 +77,8 @@ class Agent(ABC):
     device: torch.device
     extras_spec: dict[str, tuple[tuple[int, ...], str]]
     """Shape and numpy dtype per transition of what `act` returns in `Action.extras`."""
+    seconds: dict[str, float]
+    """Wall-clock seconds, since construction, of parts that deserve a row in the timings."""
 
     def __init__(
         self, suite: SuiteSpec, config: Config, plan: Plan, *, seed: int, device: str = "cpu"
@@ -80,19 +87,20 @@ class Agent(ABC):
         self.suite, self.config, self.plan = suite, config, plan
         self.device = torch.device(device)
         self.extras_spec = {}
+        self.seconds = {}
 
     @abstractmethod
     def act(self, obs: np.ndarray, explore: bool) -> Action:
-        """Actions for observations (T, E, O). ``explore=False`` draws nothing from any generator."""
+        """Actions for observations (T, E, O); ``explore=False`` draws from no generator."""
 
     @abstractmethod
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step. Returns metrics as (T,) tensors, without a host synchronisation."""
 
-    def on_episode_start(self, task: int, env: int) -> None:
+    def on_episode_start(self, task: int, env: int) -> None:  # noqa: B027  (most need no hook)
         """A training episode starts in environment ``env`` of ``task`` (never in evaluation)."""
 
-    def on_episode_end(self, episode: Episode) -> None:
+    def on_episode_end(self, episode: Episode) -> None:  # noqa: B027
         """A training episode ended (never in evaluation)."""
 
     def probe(self) -> dict[str, np.ndarray]:
@@ -100,7 +108,7 @@ class Agent(ABC):
         return {}
 
     def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
-        """What depends on the state, for observations (T, P, O): routes, attention, modules used."""
+        """What depends on the state, for observations (T, P, O): routes, modules used."""
         return {}
 
     @abstractmethod

@@ -27,6 +27,7 @@ class SuiteSpec:
 
     @property
     def num_tasks(self) -> int:
+        """T, the number of tasks."""
         return len(self.task_names)
 
 
@@ -93,7 +94,7 @@ class VectorEnv(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
-        """Restart the episodes that `state_dict` saw; returns their first observations (T, E, O)."""
+        """Restart the episodes that `state_dict` saw; their first observations (T, E, O)."""
 
     def close(self) -> None:  # noqa: B027  (most suites have nothing to release)
         """Release worker processes and simulators; safe to call twice."""

@@ -1,0 +1,75 @@
+"""Evaluation: a policy on episodes that depend on the suite and the evaluation seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.store import Row
+from suites.base import Suite, VectorEnv, stream
+
+Policy = Callable[[np.ndarray], np.ndarray]
+"""Observations (T, E, O) to actions (T, E, A)."""
+
+
+class Outcome(NamedTuple):
+    """What ``n`` episodes of each task brought."""
+
+    success: np.ndarray  # (T, n) bool
+    return_: np.ndarray  # (T, n)
+    observations: np.ndarray  # (T, P, O) float32, a spread of observations met
+
+    def rows(self, step: int, kind: str, task_names: tuple[str, ...]) -> list[Row]:
+        """Successes and mean return per task."""
+        rows = []
+        for task, name in enumerate(task_names):
+            n = self.success.shape[1]
+            rows.append(Row(step, kind, name, "success", float(self.success[task].sum()), n))
+            rows.append(Row(step, kind, name, "return", float(self.return_[task].mean()), n))
+        return rows
+
+
+def evaluate(
+    policy: Policy,
+    envs: VectorEnv,
+    episodes: int,
+    seed: int,
+    *,
+    sample_every: int = 10,
+    sampled_episodes: int = 5,
+) -> Outcome:
+    """Run ``episodes`` episodes of each task with ``policy`` in ``envs`` (made without autoreset).
+
+    Episode k of a task starts from a seed made of the evaluation seed, the task and k, so it is the
+    same for every algorithm, training seed and checkpoint. Observations of every
+    ``sample_every``-th step of the first ``sampled_episodes`` episodes are kept.
+    """
+    names, per_round = envs.spec.task_names, envs.envs_per_task
+    success = np.zeros((len(names), episodes), bool)
+    return_ = np.zeros((len(names), episodes))
+    kept: list[np.ndarray] = []
+    for first in range(0, episodes, per_round):
+        numbers = range(first, first + per_round)
+        seeds = [[stream(seed, "evaluation", name, n) for n in numbers] for name in names]
+        obs = envs.reset(np.array(seeds, np.uint64))
+        wanted = min(per_round, episodes - first, max(0, sampled_episodes - first))
+        ended = 0
+        for t in range(envs.spec.horizon):
+            if wanted and t % sample_every == 0:
+                kept.append(obs[:, :wanted].copy())
+            step = envs.step(policy(obs))
+            obs = step.obs
+            for episode in step.episodes:
+                if first + episode.env < episodes:
+                    success[episode.task, first + episode.env] = episode.success
+                    return_[episode.task, first + episode.env] = episode.return_
+                ended += 1
+        assert ended == len(names) * per_round, "episodes end together, at the horizon"
+    return Outcome(success, return_, np.concatenate(kept, axis=1))
+
+
+def episodes_needed(suite: Suite, episodes: int) -> int:
+    """Of a deterministic policy on frozen goals all episodes are one and the same: run it once."""
+    return 1 if suite.frozen_goals else episodes

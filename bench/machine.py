@@ -1,0 +1,107 @@
+"""What a run's numbers may depend on besides its specification: software, hardware, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mega-bench", "torch", "metaworld", "mujoco", "gymnasium", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor, cores and memory of this machine, and the accelerator in use."""
+    facts: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        facts["accelerator"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def git_commit() -> str:
+    """The commit of the source tree this runs from, with ``+changes`` if it was edited; or ``""``."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        edited = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit + ("+changes" if edited else "")
+
+
+def numerics(device: str, threads: int) -> dict[str, str]:
+    """What makes equal specifications give equal bytes; a run is resumed only under the same."""
+    software = versions()
+    return {
+        "threads": str(threads),
+        "device": device.partition(":")[0],
+        "torch": software["torch"],
+        "simulator": f"metaworld {software['metaworld']}, mujoco {software['mujoco']}",
+    }
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Everything above, for spec.json."""
+    return {
+        "versions": versions(),
+        "hardware": hardware(device),
+        "git_commit": git_commit(),
+        "numerics": numerics(device, threads),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def resolve_device(device: str) -> str:
+    """``auto``: CUDA where there is one, else the CPU. Raises ValueError for one that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:<index>")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,421 @@
+"""What to run: protocol, presets, and the resolution of a command line into run specifications.
+
+A run is a function of its `RunSpec`; two equal specifications share an id and so a directory.
+Values are laid over each other in this order: the papers' defaults (the fields of `Protocol` and of
+the algorithm's Config), the preset, the variant (``algorithm@variant``), the user's overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import algorithms
+import suites
+from algorithms.agent import Agent, Config, Plan
+from suites.base import Suite
+
+SCHEMA = 1
+"""Version of the run directory's files."""
+
+LARGE_SUITE = 10
+"""Suites of more tasks than this take the papers' MT50 values."""
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class SpecError(ValueError):
+    """A request that names something that does not exist or does not fit."""
+
+
+class Protocol(BaseModel):
+    """What must be alike for every algorithm of a comparison. Defaults: MEGA Sec. 5.3, Table 2."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    goals: Literal["fresh", "benchmark50"] = "fresh"
+    """Where goals come from: a continuum (as D2R's code draws them), or the 50 per task of the
+    Meta-World benchmark (Meta-World+)."""
+    reward_version: Literal["v1", "v2"] = "v2"
+    """Meta-World's reward; success always follows the v2 rule."""
+    horizon: Annotated[int, Field(ge=1, le=500)] = 200
+    """Steps per episode (MEGA Table 2)."""
+    steps_per_task: Annotated[int, Field(ge=1)] = 1_500_000
+    """Training steps of each task (MEGA Sec. 5.3: 7,500 episodes of 200 steps in MT10)."""
+    envs_per_task: Annotated[int, Field(ge=1)] = 1
+    """Environments of each task stepped together (D2R Table 1)."""
+    updates_per_step: Annotated[int, Field(ge=1)] = 1
+    """Gradient steps after each lockstep of the environments (D2R Table 1)."""
+    batch_per_task: Annotated[int, Field(ge=1)] = 128
+    """Transitions of each task in an update (MEGA Table 2: 1280 for ten tasks)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2_000
+    """Steps per task with the untrained policy before the first update (D2R App. A.2)."""
+    replay_per_task: Annotated[int, Field(ge=1)] = 100_000
+    """Transitions kept per task (MEGA Table 2: 10^6 in all for MT10)."""
+    eval_every: Annotated[int, Field(ge=1)] = 10_000
+    """Steps per task between evaluations (D2R App. A.2)."""
+    eval_episodes: Annotated[int, Field(ge=1)] = 32
+    """Episodes per task of an evaluation during training (D2R App. A.2)."""
+    final_episodes: Annotated[int, Field(ge=1)] = 100
+    """Episodes per task of the final evaluation (D2R App. A.2)."""
+    eval_seed: Annotated[int, Field(ge=0)] = 20_250_219
+    """Seed of the evaluation episodes: the same goals for every algorithm and training seed."""
+
+    @model_validator(mode="after")
+    def _whole_episodes(self) -> Self:
+        unit = self.horizon * self.envs_per_task
+        for name in ("steps_per_task", "eval_every"):
+            value = getattr(self, name)
+            if value % unit:
+                low, high = value // unit * unit, (value // unit + 1) * unit
+                nearest = f"{low} or {high}" if low else f"{high}"
+                raise ValueError(
+                    f"{name}={value} is not a whole number of episodes of {unit} steps "
+                    f"(horizon x envs_per_task); nearest: {nearest}"
+                )
+        if self.replay_per_task % self.envs_per_task:
+            raise ValueError("replay_per_task must be a multiple of envs_per_task")
+        if self.warmup_steps >= self.steps_per_task:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} leaves nothing of "
+                f"steps_per_task={self.steps_per_task} to train on"
+            )
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """What an agent may know about the length of its run."""
+        return Plan(self.steps_per_task, self.horizon, self.warmup_steps)
+
+
+class Preset(BaseModel):
+    """A named set of differences from the papers' values, alike for every algorithm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str
+    full_scale: bool
+    protocol: dict[str, Any] = {}
+    protocol_large: dict[str, Any] = {}
+    algorithm: dict[str, Any] = {}
+    """Values for every algorithm that has such a field."""
+    seeds: int | None = None
+    """Seeds its source asks for."""
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in files("bench").joinpath("presets").iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def preset(name: str) -> Preset:
+    """The preset ``name``; a TOML file's ``base`` names the preset it differs from."""
+    if name not in preset_names():
+        raise SpecError(unknown("preset", name, preset_names()))
+    text = files("bench").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+    data: dict[str, Any] = tomllib.loads(text)
+    if (base := data.pop("base", None)) is not None:
+        below = preset(base)
+        for part in ("protocol", "protocol_large", "algorithm"):
+            data[part] = getattr(below, part) | data.get(part, {})
+    return Preset(name=name, **data)
+
+
+class RunSpec(BaseModel):
+    """Everything that can change a number of a run, resolved to values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    """Hash of suite, algorithm, seed and every value that is not the papers'. Labels, presets and
+    sources do not enter, nor do fields that a later version adds with a neutral default."""
+    suite: str
+    algorithm: str
+    """Registry name."""
+    label: str
+    """``algorithm`` or ``algorithm@variant``, as results are titled."""
+    seed: int = Field(ge=0)
+    preset: str
+    protocol: Protocol
+    config: dict[str, Any]
+    """The algorithm's resolved Config."""
+    changed: dict[str, Any] = {}
+    """Values the user set that no label tells."""
+    sources: dict[str, str] = {}
+    """Where each value that is not the papers' comes from: preset, variant or user."""
+
+    @property
+    def directory(self) -> str:
+        """The run's path below the output directory."""
+        return f"{self.suite}/{self.label}/{self.seed}-{self.id}"
+
+    @property
+    def title(self) -> str:
+        """The label with what the user changed: how results tell this configuration apart."""
+        if not self.changed:
+            return self.label
+        changes = ",".join(f"{key}={value}" for key, value in sorted(self.changed.items()))
+        return f"{self.label}[{changes}]"
+
+    def conflict(self, other: RunSpec) -> str:
+        """The first value in which two specifications of one id differ, in words; or ``""``."""
+        pairs = [
+            ("suite", self.suite, other.suite),
+            ("algorithm", self.algorithm, other.algorithm),
+            ("seed", self.seed, other.seed),
+        ]
+        for mine, theirs in (
+            (self.protocol.model_dump(mode="json"), other.protocol.model_dump(mode="json")),
+            (self.config, other.config),
+        ):
+            pairs += [(key, mine[key], theirs[key]) for key in mine if key in theirs]
+        return next((f"{name}: {a!r} and {b!r}" for name, a, b in pairs if a != b), "")
+
+    @property
+    def agent(self) -> type[Agent]:
+        """The algorithm's class."""
+        return algorithms.load(self.algorithm)
+
+    @property
+    def agent_config(self) -> Config:
+        """The algorithm's configuration object."""
+        return self.agent.Config(**self.config)
+
+    def make_suite(self) -> Suite:
+        """The suite under this run's protocol."""
+        p = self.protocol
+        return suites.load(
+            self.suite, goals=p.goals, reward_version=p.reward_version, horizon=p.horizon
+        )
+
+    @classmethod
+    def resolve(
+        cls,
+        algorithm: str,
+        suite: str,
+        seed: int,
+        *,
+        preset_name: str = "cpu",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> RunSpec:
+        """The run that ``algorithm@variant`` on ``suite`` means under a preset and overrides.
+
+        ``overrides``: field name, or ``algorithm.field`` for one algorithm, to value (or its text).
+        Raises SpecError naming what is unknown or out of range, and what would be allowed.
+        """
+        chosen = preset(preset_name)
+        name, _, variant = algorithm.partition("@")
+        try:
+            agent = algorithms.load(name)
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        mine = _for_algorithm(overrides or {}, name, agent)
+        differences = variant_values(agent, name, variant)
+
+        # The horizon decides what a suite is; read it before the suite is loaded.
+        try:
+            shape = suites.load(suite)
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        large = chosen.protocol_large if shape.spec.num_tasks > LARGE_SUITE else {}
+        layers = {
+            f"preset {chosen.name}": chosen.protocol | large | chosen.algorithm,
+            f"variant {variant}": differences,
+            "user": mine,
+        }
+        protocol, protocol_sources = _build(Protocol, layers, "protocol")
+        config, config_sources = _build(agent.Config, layers, name)
+        try:
+            config = config.for_run(shape.spec, protocol.plan)
+        except ValueError as error:
+            raise SpecError(f"{name}: {error}") from None
+
+        label, changed = _label(agent, name, variant, config, layers, shape, protocol, mine)
+        identity = {
+            "suite": suite,
+            "algorithm": name,
+            "seed": seed,
+            "protocol": protocol.model_dump(mode="json", exclude_defaults=True),
+            "config": config.model_dump(mode="json", exclude_defaults=True),
+        }
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return cls(
+            id=hashlib.sha256(text.encode()).hexdigest()[:10],
+            suite=suite,
+            algorithm=name,
+            label=label,
+            seed=seed,
+            preset=preset_name,
+            protocol=protocol,
+            config=config.model_dump(mode="json"),
+            changed=changed,
+            sources=protocol_sources | config_sources,
+        )
+
+
+def variant_values(agent: type[Agent], name: str, variant: str) -> dict[str, Any]:
+    """What ``name@variant`` changes. ``fixed{n}`` in VARIANTS stands for fixed1, fixed2, ..."""
+    if not variant:
+        return {}
+    for pattern, values in agent.VARIANTS.items():
+        fields = re.findall(r"\{(\w+)\}", pattern)
+        regex = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(pattern))
+        if found := re.fullmatch(regex, variant):
+            return values | {field: int(found[field]) for field in fields}
+    known = [f"{name}@{pattern}" for pattern in agent.VARIANTS]
+    if not known:
+        raise SpecError(f"unknown variant {name}@{variant}: {name} has no variants")
+    raise SpecError(unknown("variant", f"{name}@{variant}", known))
+
+
+def parse_value(text: str) -> Any:
+    """A value typed on the command line: TOML where it is TOML, else the text itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` strings as a mapping; raises SpecError on a malformed or repeated key."""
+    overrides: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise SpecError(f"--set {item!r}: expected key=value, such as gamma=0.98")
+        if key.strip() in overrides:
+            raise SpecError(f"--set {key.strip()} is given twice")
+        overrides[key.strip()] = parse_value(text.strip())
+    return overrides
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``5`` means 0..4; ``0-9`` and ``3,7`` name seeds. Raises SpecError on none or duplicates."""
+    seeds: list[int] = []
+    if re.fullmatch(r"\d+", text.strip()):
+        seeds = list(range(int(text)))
+    else:
+        for part in text.split(","):
+            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?,?", part)
+            if not found:
+                raise SpecError(
+                    f"seeds {text!r}: {part!r} is neither a seed nor a range; "
+                    "write 5 (seeds 0 to 4), 0-9, or 3,7"
+                )
+            low, high = int(found[1]), int(found[2] or found[1])
+            if high < low:
+                raise SpecError(f"seeds {text!r}: the range {part.strip()!r} runs backwards")
+            seeds += range(low, high + 1)
+    if not seeds:
+        raise SpecError(f"seeds {text!r}: no seed named; write 5 (seeds 0 to 4), 0-9, or 3,7")
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1}) if len(seeds) < 10_000 else []
+    if twice:
+        raise SpecError(f"seeds {text!r}: {twice[0]} is named twice")
+    if len(seeds) > 10_000:
+        raise SpecError(f"seeds {text!r}: {len(seeds)} seeds; at most 10000 are allowed")
+    return seeds
+
+
+def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
+    """A message that names the bad value, what is allowed and the nearest match."""
+    choices = list(allowed)
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {value!r}; known: {', '.join(choices)}{hint}"
+
+
+def _for_algorithm(
+    overrides: Mapping[str, Any], name: str, agent: type[Agent]
+) -> dict[str, Any]:
+    """The overrides that concern algorithm ``name``; raises SpecError on a field it lacks."""
+    fields = [*Protocol.model_fields, *agent.Config.model_fields]
+    mine: dict[str, Any] = {}
+    for key, value in overrides.items():
+        owner, dot, field = key.rpartition(".")
+        if dot and owner != name:
+            if owner not in algorithms.names():
+                raise SpecError(unknown("algorithm", owner, algorithms.names()))
+            continue
+        if field not in fields:
+            raise SpecError(f"{name}: " + unknown("field", field, fields))
+        mine[field] = value
+    return mine
+
+
+def _build(
+    model: type[M], layers: Mapping[str, Mapping[str, Any]], owner: str
+) -> tuple[M, dict[str, str]]:
+    """``model`` with the layers' values for its fields, and the layer each value came from."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer, content in layers.items():
+        for field in content.keys() & model.model_fields.keys():
+            values[field], sources[field] = content[field], layer
+    try:
+        return model(**values), sources
+    except ValidationError as error:
+        raise SpecError("; ".join(_explain(owner, problem) for problem in error.errors())) from None
+
+
+def _explain(owner: str, problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return f"{owner}: {message}"
+    field = str(problem["loc"][0])
+    return f"{owner}: {field}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _label(
+    agent: type[Agent],
+    name: str,
+    variant: str,
+    config: Config,
+    layers: Mapping[str, Mapping[str, Any]],
+    shape: Suite,
+    protocol: Protocol,
+    mine: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The canonical label of a configuration, and the user's changes that it does not tell.
+
+    A configuration that equals a variant's is that variant, however it was asked for.
+    """
+    if not mine:
+        return (f"{name}@{variant}" if variant else name), {}
+    below = next(iter(layers.values()))
+    candidates = ["", *([variant] if variant else [])]
+    for pattern in agent.VARIANTS:
+        values = {field: getattr(config, field, None) for field in re.findall(r"\{(\w+)\}", pattern)}
+        candidates.append(pattern.format(**values) if values else pattern)
+    for candidate in candidates:
+        try:
+            differences = variant_values(agent, name, candidate)
+            layered = {"preset": below, "variant": differences}
+            same, _ = _build(agent.Config, layered, name)
+            same_protocol, _ = _build(Protocol, layered, "protocol")
+        except SpecError:
+            continue
+        of_variant = {key for key in differences if key in Protocol.model_fields}
+        if same.for_run(shape.spec, protocol.plan) == config and all(
+            getattr(same_protocol, key) == getattr(protocol, key) for key in of_variant
+        ):
+            label = f"{name}@{candidate}" if candidate else name
+            return label, {}
+    # Protocol changes hold for the whole sweep and are shown with the protocol, not the label.
+    changed = {key: value for key, value in mine.items() if key in agent.Config.model_fields}
+    return (f"{name}@{variant}" if variant else name), changed

@@ -1,0 +1,303 @@
+"""A directory per run: written atomically, resumed to the byte, read back as tidy frames.
+
+``spec.json`` what the run is and where it ran; ``status.json`` how it stands; ``metrics.csv`` what
+it measured, free of wall-clock; ``timing.csv`` what depends on the clock; ``probe/`` arrays for the
+figures; ``state/`` checkpoints and replay, not needed once the run is done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from bench.spec import SCHEMA, RunSpec, SpecError
+
+State = Literal["pending", "running", "interrupted", "failed", "done"]
+
+METRICS_HEADER = b"step,kind,task,metric,value,count\n"
+TIMING_HEADER = b"step,section,seconds\n"
+CHECKPOINTS_KEPT = 2
+
+
+class Row(NamedTuple):
+    """One measurement. Success: ``value`` successes in ``count`` episodes; else a mean of count."""
+
+    step: int
+    kind: str
+    task: str
+    metric: str
+    value: float
+    count: float
+
+
+class StoreError(RuntimeError):
+    """A run directory that cannot be used as it is."""
+
+
+class BusyError(StoreError):
+    """Another process is training this run."""
+
+
+class RunStore:
+    """The directory of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state_path = path / "state"
+        self.probe_path = path / "probe"
+        self.replay_path = self.state_path / "replay.bin"
+
+    # --------------------------------------------------------------------------- what it is
+
+    @classmethod
+    def create(cls, out: Path, spec: RunSpec, environment: dict[str, Any]) -> RunStore:
+        """The directory of ``spec`` below ``out``, made if it does not exist.
+
+        Raises StoreError if it holds another configuration, OSError if it cannot be written.
+        """
+        store = cls(out / spec.directory)
+        if (store.path / "spec.json").exists():
+            if conflict := spec.conflict(store.spec()):
+                raise StoreError(
+                    f"{store.path} holds another configuration ({conflict}); it was edited, or "
+                    "written by a version with other defaults, and is left alone"
+                )
+            return store
+        store.path.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": SCHEMA,
+            "spec": spec.model_dump(mode="json"),
+            "environment": environment,
+        }
+        write_atomically(store.path / "spec.json", _json(content))
+        return store
+
+    def description(self) -> dict[str, Any]:
+        """The content of spec.json. Raises StoreError if it is missing or damaged."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "spec.json").read_text("utf-8"))
+        except FileNotFoundError:
+            raise StoreError(f"{self.path} is no run directory: it has no spec.json") from None
+        except ValueError as error:
+            raise StoreError(f"{self.path / 'spec.json'} is damaged: {error}") from None
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise StoreError(
+                f"{self.path / 'spec.json'} has schema {content.get('schema')!r}; "
+                f"this version reads {SCHEMA}"
+            )
+        return content
+
+    def spec(self) -> RunSpec:
+        """The run's specification. Raises StoreError if it cannot be read."""
+        try:
+            return RunSpec(**self.description()["spec"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self.path / 'spec.json'} cannot be read: {error}") from None
+
+    # ------------------------------------------------------------------------ how it stands
+
+    def status(self) -> dict[str, Any]:
+        """The last status written; ``{"state": "pending"}`` before the first."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {"state": "pending"}
+        return status
+
+    def write_status(self, state: State, **facts: Any) -> None:
+        """Replace status.json."""
+        write_atomically(self.path / "status.json", _json({"state": state} | facts), sync=False)
+
+    def finish(self) -> None:
+        """Make what was measured outlast a power failure; the status may say done after this."""
+        for path in (self.path / "metrics.csv", self.path / "timing.csv"):
+            with path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def drop_replay(self) -> None:
+        """Give back the replay's disk space; a finished run is never resumed."""
+        self.replay_path.unlink(missing_ok=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run was trained to its end."""
+        return self.status().get("state") == "done"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises BusyError if another holds it.
+
+        The kernel gives the lock back however the process ends.
+        """
+        self.state_path.mkdir(parents=True, exist_ok=True)
+        with (self.state_path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"{self.path} is being trained by another process") from None
+            yield
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process holds the run."""
+        try:
+            file = (self.state_path / "lock").open("a")
+        except OSError:
+            return False
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    # --------------------------------------------------------------------- what it measured
+
+    def append_metrics(self, rows: Iterable[Row]) -> None:
+        """Append rows to metrics.csv."""
+        lines = (
+            f"{r.step},{r.kind},{r.task},{r.metric},{r.value:.9g},{r.count:.9g}\n" for r in rows
+        )
+        self._append("metrics.csv", METRICS_HEADER, "".join(lines))
+
+    def append_timing(self, step: int, seconds: dict[str, float]) -> None:
+        """Append cumulative seconds per section to timing.csv."""
+        lines = (f"{step},{section},{value:.3f}\n" for section, value in seconds.items())
+        self._append("timing.csv", TIMING_HEADER, "".join(lines))
+
+    def _append(self, name: str, header: bytes, text: str) -> None:
+        with (self.path / name).open("ab") as file:
+            file.write((header if file.tell() == 0 else b"") + text.encode())
+
+    def write_probe(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Replace probe/``name``.npz; equal arrays give equal bytes."""
+        if not arrays:
+            return
+        self.probe_path.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        write_atomically(self.probe_path / f"{name}.npz", buffer.getvalue(), sync=False)
+
+    # --------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, step: int, content: dict[str, Any]) -> int:
+        """Commit a checkpoint and drop all but the newest two; returns its size in bytes.
+
+        The metrics written so far are part of it. The file's name carries its checksum.
+        """
+        lengths = {}
+        for name in ("metrics.csv", "timing.csv"):
+            with (self.path / name).open("ab") as file:
+                os.fsync(file.fileno())
+                lengths[name] = file.tell()
+        buffer = io.BytesIO()
+        torch.save({"step": step, "lengths": lengths, "content": content}, buffer)
+        data = buffer.getbuffer()
+        name = f"checkpoint-{step:010d}-{zlib.crc32(data):08x}.pt"
+        write_atomically(self.state_path / name, data)
+        for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
+            old.unlink(missing_ok=True)
+        return len(data)
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, as (step, content); None if there is none.
+
+        Warns about damaged ones. Loads tensors and plain values only, never code.
+        """
+        for path in self._checkpoints():
+            try:
+                data = path.read_bytes()
+                if f"{zlib.crc32(data):08x}" != path.stem.rpartition("-")[2]:
+                    raise ValueError("its checksum does not match")
+                loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except Exception as error:  # noqa: BLE001  (torch raises many kinds on a damaged file)
+                warnings.warn(
+                    f"skipping the damaged checkpoint {path}: {error}", RuntimeWarning, stacklevel=2
+                )
+                continue
+            self._lengths = loaded["lengths"]
+            return int(loaded["step"]), loaded["content"]
+        return None
+
+    def rewind(self, step: int | None) -> None:
+        """Forget what was measured after the checkpoint just loaded (None: everything)."""
+        for name in ("metrics.csv", "timing.csv"):
+            path = self.path / name
+            if step is None:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                os.truncate(path, self._lengths[name])
+        for probe in self.probe_path.glob("*.npz"):
+            if step is None or not probe.stem.isdigit() or int(probe.stem) > step:
+                probe.unlink()
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if step is None:
+            self.replay_path.unlink(missing_ok=True)
+
+    def _checkpoints(self) -> list[Path]:
+        """Checkpoint files, newest first."""
+        named = re.compile(r"checkpoint-\d{10}-[0-9a-f]{8}\.pt")
+        found = self.state_path.glob("checkpoint-*.pt") if self.state_path.exists() else []
+        return sorted((p for p in found if named.fullmatch(p.name)), reverse=True)
+
+
+def find(out: Path, pattern: str = "") -> list[RunStore]:
+    """Run directories below ``out`` whose path contains ``pattern``, in order."""
+    if not out.is_dir():
+        return []
+    paths = sorted(path.parent for path in out.rglob("spec.json"))
+    return [RunStore(path) for path in paths if pattern in str(path.relative_to(out))]
+
+
+def open_run(out: Path, run: str) -> RunStore:
+    """The one run that ``run`` names: a path, or part of one below ``out``.
+
+    Raises SpecError if no run or more than one fits.
+    """
+    if (Path(run) / "spec.json").exists():
+        return RunStore(Path(run))
+    found = find(out, run)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise SpecError(f"no run named {run!r} below {out}")
+    names = ", ".join(str(store.path.relative_to(out)) for store in found[:5])
+    raise SpecError(f"{run!r} names {len(found)} runs below {out}: {names} ...")
+
+
+def write_atomically(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
+    """Replace ``path`` by ``data``: afterwards it holds the old content or the new, never a part."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if sync:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=False) + "\n").encode()
