@@ -27,7 +27,7 @@ from metaworld.policies import ENV_POLICY_MAP
 
 from suites import names, unknown
 from suites.base import Suite, SuiteSpec, VectorEnv, stream
-from suites.lockstep import LockstepEnv, Simulator, SimulatorShard, labels
+from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
 
 BENCHMARK_SEED = 0
 """From which the 50 benchmark goals of every task are drawn, see `benchmark_positions`."""
@@ -53,11 +53,13 @@ class MetaWorld(Suite):
     ) -> None:
         self.spec, self.frozen_goals = spec, fixed
         self._benchmark, self._reward_version = benchmark, reward_version
-        self._experts = [ENV_POLICY_MAP[task]() for task in spec.task_names]
+        experts: dict[str, Any] = ENV_POLICY_MAP
+        self._experts = [experts[task]() for task in spec.task_names]
 
     def make(
         self, *, seed: int, envs_per_task: int = 1, workers: int = 0, autoreset: bool = True
     ) -> VectorEnv:
+        """See `Suite.make`. Raises SimulatorError if an environment cannot be built."""
         makers, seeds = [], []
         for task in self.spec.task_names:
             positions = benchmark_positions(task) if self._benchmark else None
@@ -76,7 +78,7 @@ class MetaWorld(Suite):
                 )
         return LockstepEnv(
             self.spec,
-            partial(SimulatorShard, labels=labels(self.spec, envs_per_task), makers=makers),
+            partial(SimulatorShard, makers=makers),
             seeds,
             envs_per_task=envs_per_task,
             workers=workers,
@@ -111,9 +113,9 @@ class _Sawyer(Simulator):
         positions: np.ndarray | None,
         position_seed: int | None,
     ) -> None:
-        self.seed = seed
+        make: Any = ALL_V3_ENVIRONMENTS[task]
+        self._env = env = make(reward_function_version=reward_version)
         self._generator = np.random.default_rng(seed)
-        self._env = env = ALL_V3_ENVIRONMENTS[task](reward_function_version=reward_version)
         self._v1 = reward_version == "v1"
         env._set_task_called = True
         env._partially_observable = False
@@ -136,11 +138,11 @@ class _Sawyer(Simulator):
         """Start an episode. Among K positions the seed's is the one numbered ``seed % K``."""
         if seed is None:
             return self._begin(None)
-        self.seed = seed
         self._generator = np.random.default_rng(seed)
         return self._begin(seed)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        """Metaworld's step; success by the v2 rule whatever the reward."""
         env = self._env
         obs, reward, _, _, info = env.step(action)
         if self._v1:
@@ -152,15 +154,17 @@ class _Sawyer(Simulator):
         return obs, reward, bool(info["success"])
 
     def state(self) -> dict[str, Any]:
-        return {"seed": self.seed, **self._state}
+        """The generator before the reset, and which position the seed chose."""
+        return self._state
 
     def restart(self, state: dict[str, Any]) -> np.ndarray:
-        self.seed = state["seed"]
-        self._generator = np.random.default_rng()
+        """Everything else of a reset follows from the generator."""
+        self._generator = np.random.default_rng(0)
         self._generator.bit_generator.state = state["generator"]
         return self._begin(state["choice"])
 
     def close(self) -> None:
+        """Close metaworld's environment."""
         self._env.close()
 
     def draw(self, generator: Any, count: int) -> np.ndarray:

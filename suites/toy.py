@@ -59,15 +59,15 @@ class Toy(Suite):
     def make(
         self, *, seed: int, envs_per_task: int = 1, workers: int = 0, autoreset: bool = True
     ) -> VectorEnv:
+        """See `Suite.make`."""
         seeds = [
             stream(seed, "envs", task, env)
             for task in self.spec.task_names
             for env in range(envs_per_task)
         ]
-        turn = np.repeat(self._turn, max(envs_per_task, 0), axis=0)  # (T * E, 2, 2)
         return LockstepEnv(
             self.spec,
-            partial(_Points, turn=turn, seeds=seeds),
+            partial(_Points, turn=self._turn, envs_per_task=envs_per_task, seeds=seeds),
             seeds,
             envs_per_task=envs_per_task,
             workers=workers,
@@ -80,7 +80,8 @@ class Toy(Suite):
         action = np.zeros((*obs.shape[:2], self.spec.action_dim), np.float32)
         action[..., :2] = np.einsum("tji,tej->tei", self._turn, way) / _SPEED
         # Scaled, not clipped by number, so that the direction stays.
-        return action / np.maximum(1.0, np.abs(action).max(-1, keepdims=True))
+        action /= np.maximum(1.0, np.abs(action).max(-1, keepdims=True))
+        return action
 
 
 class _Points(Shard):
@@ -93,16 +94,18 @@ class _Points(Shard):
         arrays: Arrays,
         *,
         turn: np.ndarray,
+        envs_per_task: int,
         seeds: Sequence[int],
     ) -> None:
-        """``turn`` (n, 2, 2) and ``seeds`` of all environments, of which ``rows`` are here."""
+        """``turn`` (T, 2, 2) of all tasks, ``seeds`` of all environments."""
         self._rows, self._index, self._arrays = rows, np.array(rows), arrays
-        self._turn = turn[self._index]
+        self._turn = turn[self._index // envs_per_task]
         self._generators = [np.random.default_rng(seeds[row]) for row in rows]
         self._position, self._goal = np.zeros((2, len(rows), 2))
-        self._states: list[dict[str, Any]] = []
+        self._states: list[Any] = []
 
     def reset(self, seeds: dict[int, int] | None) -> None:
+        """Draw starting points and goals."""
         if seeds is not None:
             self._generators = [np.random.default_rng(seeds[row]) for row in self._rows]
         self._states = [generator.bit_generator.state for generator in self._generators]
@@ -113,6 +116,7 @@ class _Points(Shard):
         self._observe(self._arrays.obs)
 
     def step(self, reset: bool) -> None:
+        """Move the points; the reward falls off exponentially with the distance, from 10."""
         action = np.clip(self._arrays.action[self._index, :2].astype(np.float64), -1.0, 1.0)
         move = _SPEED * np.einsum("nij,nj->ni", self._turn, action)
         self._position = np.clip(self._position + move, -1.0, 1.0)
@@ -124,9 +128,11 @@ class _Points(Shard):
             self.reset(None)
 
     def states(self) -> dict[int, dict[str, Any]]:
+        """Row -> its generator before the reset."""
         return dict(zip(self._rows, self._states, strict=True))
 
     def restart(self, states: dict[int, dict[str, Any]]) -> None:
+        """An episode follows from its generator."""
         for row, generator in zip(self._rows, self._generators, strict=True):
             generator.bit_generator.state = states[row]
         self.reset(None)
