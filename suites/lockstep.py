@@ -332,6 +332,7 @@ class LockstepEnv(VectorEnv):
         ends = self._clock == self.spec.horizon
         resets = ends and self._autoreset
         self._call("step", resets)
+        self._check_results()
         self._return += arrays.reward
         self._success |= arrays.success
         episodes = self._episodes() if ends else []
@@ -405,6 +406,17 @@ class LockstepEnv(VectorEnv):
             self.close()
             raise SimulatorError(f"{self._label(row)}: action {rows[row].tolist()} is not finite")
         return rows
+
+    def _check_results(self) -> None:
+        """An unstable simulation may go on with numbers that would poison the replay."""
+        arrays = self._arrays
+        if not (np.isfinite(arrays.reward).all() and np.isfinite(arrays.next_obs).all()):
+            fine = np.isfinite(arrays.reward) & np.isfinite(arrays.next_obs).all(-1)
+            row = int(np.argmin(fine))
+            self.close()
+            raise SimulatorError(
+                f"{self._label(row)}: reward {arrays.reward[row]} or an observation is not finite"
+            )
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         if not self._shards:
