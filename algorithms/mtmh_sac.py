@@ -11,17 +11,22 @@ Departures: none.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import nn
 
-from algorithms.mt_sac import MTSACConfig
 from algorithms.nn import TaskLinear, mlp
-from algorithms.sac import SAC
+from algorithms.sac import SAC, SACConfig
 
 
-class MTMHSACConfig(MTSACConfig):
-    """Settings of MTMH-SAC: those of MT-SAC (D2R Table 3)."""
+class MTMHSACConfig(SACConfig):
+    """Settings of MTMH-SAC."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """Units of each hidden layer (D2R Table 3)."""
+    depth: Annotated[int, Field(ge=1)] = 5
+    """Hidden layers of the trunk (D2R Table 3; Soft Modularization uses 3)."""
 
 
 class MTMHSAC(SAC):

@@ -49,8 +49,15 @@ class ReplayBuffer:
         words = self._fields[-1] + -(-sum(self._extra_bytes.values()) // 4)
         self._physical = capacity + slack
         size = self._physical * self.tasks * words * 4
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            _reserve(file.fileno(), size, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        try:
+            with path.open("w+b" if new else "r+b") as file:
+                _reserve(file.fileno(), size, path)
+        except OSError:
+            if new:  # what could be claimed is of no use
+                path.unlink(missing_ok=True)
+            raise
         self._rows = np.memmap(path, np.float32, "r+", shape=(self._physical, self.tasks, words))
         flat = self._rows.reshape(self._physical * self.tasks, words)
         self._flat = torch.from_numpy(flat)
@@ -73,7 +80,7 @@ class ReplayBuffer:
     def add(
         self, obs: np.ndarray, action: np.ndarray, step: Step, extras: Mapping[str, np.ndarray]
     ) -> None:
-        """Append E transitions per task: ``obs`` (T, E, O), ``action`` (T, E, A), extras (T, E, ...)."""
+        """Append E rows per task: ``obs`` (T, E, O), ``action`` (T, E, A), extras (T, E, ...)."""
         envs = obs.shape[1]
         a, b, c, d, e, f, end = self._fields
         for env in range(envs):

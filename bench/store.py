@@ -39,7 +39,7 @@ class Row(NamedTuple):
     task: str
     metric: str
     value: float
-    count: float
+    count: float  # type: ignore[assignment]  # tuple.count is of no use here
 
 
 class StoreError(RuntimeError):
@@ -114,7 +114,7 @@ class RunStore:
             status: dict[str, Any] = json.loads((self.path / "status.json").read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return {"state": "pending"}
-        return status
+        return status if isinstance(status, dict) else {"state": "pending"}
 
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json."""
@@ -122,9 +122,8 @@ class RunStore:
 
     def finish(self) -> None:
         """Make what was measured outlast a power failure; the status may say done after this."""
-        for path in (self.path / "metrics.csv", self.path / "timing.csv"):
-            with path.open("ab") as file:
-                os.fsync(file.fileno())
+        for name in ("metrics.csv", "timing.csv"):
+            self._sync(name)
 
     def drop_replay(self) -> None:
         """Give back the replay's disk space; a finished run is never resumed."""
@@ -178,8 +177,16 @@ class RunStore:
         self._append("timing.csv", TIMING_HEADER, "".join(lines))
 
     def _append(self, name: str, header: bytes, text: str) -> None:
-        with (self.path / name).open("ab") as file:
+        path = self.path / name
+        with naming(path), path.open("ab") as file:
             file.write((header if file.tell() == 0 else b"") + text.encode())
+
+    def _sync(self, name: str) -> int:
+        """Bring a file to the disk; its length."""
+        path = self.path / name
+        with naming(path), path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def write_probe(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Replace probe/``name``.npz; equal arrays give equal bytes."""
@@ -187,7 +194,7 @@ class RunStore:
             return
         self.probe_path.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_atomically(self.probe_path / f"{name}.npz", buffer.getvalue(), sync=False)
 
     # --------------------------------------------------------------------------- checkpoints
@@ -195,13 +202,11 @@ class RunStore:
     def save_checkpoint(self, step: int, content: dict[str, Any]) -> int:
         """Commit a checkpoint and drop all but the newest two; returns its size in bytes.
 
-        The metrics written so far are part of it. The file's name carries its checksum.
+        The metrics written so far and the replay file are part of it, by their lengths. The file's
+        name carries its checksum.
         """
-        lengths = {}
-        for name in ("metrics.csv", "timing.csv"):
-            with (self.path / name).open("ab") as file:
-                os.fsync(file.fileno())
-                lengths[name] = file.tell()
+        lengths = {name: self._sync(name) for name in ("metrics.csv", "timing.csv")}
+        lengths["state/replay.bin"] = _length(self.replay_path)
         buffer = io.BytesIO()
         torch.save({"step": step, "lengths": lengths, "content": content}, buffer)
         data = buffer.getbuffer()
@@ -217,41 +222,80 @@ class RunStore:
         Warns about damaged ones. Loads tensors and plain values only, never code.
         """
         for path in self._checkpoints():
-            try:
-                data = path.read_bytes()
-                if f"{zlib.crc32(data):08x}" != path.stem.rpartition("-")[2]:
-                    raise ValueError("its checksum does not match")
-                loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            except Exception as error:  # noqa: BLE001  (torch raises many kinds on a damaged file)
-                warnings.warn(
-                    f"skipping the damaged checkpoint {path}: {error}", RuntimeWarning, stacklevel=2
-                )
-                continue
-            self._lengths = loaded["lengths"]
-            return int(loaded["step"]), loaded["content"]
+            if loaded := _read_checkpoint(path):
+                return loaded["step"], loaded["content"]
         return None
 
-    def rewind(self, step: int | None) -> None:
-        """Forget what was measured after the checkpoint just loaded (None: everything)."""
+    def resume(self) -> tuple[int, dict[str, Any]] | None:
+        """Go back to the newest checkpoint that the run can continue from; None: start anew.
+
+        Whatever was written after it is cut off. Newer ones that cannot be used are renamed. For
+        the process that holds the run alone. Raises StoreError, and changes nothing, if there are
+        checkpoints but none can be used.
+        """
+        found = self._checkpoints()
+        for number, path in enumerate(found):
+            loaded = _read_checkpoint(path)
+            if loaded is None:
+                continue
+            if short := [n for n, old in loaded["lengths"].items() if _length(self.path / n) < old]:
+                _warn_skipped(path, f"{' and '.join(short)} lost what it had written by then")
+                continue
+            for unusable in found[:number]:
+                unusable.replace(unusable.with_name(f"{unusable.name}.damaged"))
+            self._cut_back(loaded["step"], loaded["lengths"])
+            return loaded["step"], loaded["content"]
+        if found:
+            raise StoreError(
+                f"none of the {len(found)} checkpoints in {self.state_path} can be used (see the "
+                "warnings); restore the files, or delete that folder to train the run anew"
+            )
+        self._cut_back(-1, {"metrics.csv": 0, "timing.csv": 0})
+        self.replay_path.unlink(missing_ok=True)
+        return None
+
+    def _cut_back(self, step: int, lengths: dict[str, int]) -> None:
+        """Forget what was measured after ``step``."""
         for name in ("metrics.csv", "timing.csv"):
-            path = self.path / name
-            if step is None:
-                path.unlink(missing_ok=True)
-            elif path.exists():
-                os.truncate(path, self._lengths[name])
+            if (self.path / name).exists():
+                os.truncate(self.path / name, lengths[name])
         for probe in self.probe_path.glob("*.npz"):
-            if step is None or not probe.stem.isdigit() or int(probe.stem) > step:
+            if not probe.stem.isdigit() or int(probe.stem) > step:
                 probe.unlink()
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        if step is None:
-            self.replay_path.unlink(missing_ok=True)
 
     def _checkpoints(self) -> list[Path]:
         """Checkpoint files, newest first."""
         named = re.compile(r"checkpoint-\d{10}-[0-9a-f]{8}\.pt")
         found = self.state_path.glob("checkpoint-*.pt") if self.state_path.exists() else []
         return sorted((p for p in found if named.fullmatch(p.name)), reverse=True)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """A checkpoint file's content; None, after a warning, if it is damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:  # the training process has just replaced it by a newer one
+        return None
+    if f"{zlib.crc32(data):08x}" != path.stem.rpartition("-")[2]:
+        _warn_skipped(path, "its checksum does not match")
+        return None
+    try:
+        loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        loaded = {key: loaded[key] for key in ("step", "lengths", "content")}
+    except Exception as error:  # noqa: BLE001  (torch raises many kinds on a file that is none)
+        _warn_skipped(path, f"{type(error).__name__}: {error}")
+        return None
+    return loaded
+
+
+def _warn_skipped(path: Path, why: str) -> None:
+    warnings.warn(f"skipping the damaged checkpoint {path}: {why}", RuntimeWarning, stacklevel=3)
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def find(out: Path, pattern: str = "") -> list[RunStore]:
@@ -278,11 +322,22 @@ def open_run(out: Path, run: str) -> RunStore:
     raise SpecError(f"{run!r} names {len(found)} runs below {out}: {names} ...")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing name the file: a full disk's do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
-    """Replace ``path`` by ``data``: afterwards it holds the old content or the new, never a part."""
+    """Replace ``path`` by ``data``: it holds the old content or the new, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(data)
             if sync:
                 file.flush()

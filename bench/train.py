@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,19 @@ from bench import machine
 from bench.evaluate import episodes_needed, evaluate
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
-from bench.store import BusyError, Row, RunStore, StoreError
-from suites.base import Episode, stream
+from bench.store import BusyError, Row, RunStore, State, StoreError
+from suites.base import Episode, SimulatorError, stream
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is taken at the first episode boundary this long after the last ..."""
 CHECKPOINT_STEPS = 4_000
-"""... or at the latest after this many steps per task, which bounds the replay's slack."""
+"""... or after about so many steps per task, see `checkpoint_steps`."""
 LOGGED_POINTS = 100
 """Rows of training metrics over a run, at most."""
 PROBED_POINTS = 50
 """Snapshots of the agent's own state over a run, at most."""
 HEARTBEAT_SECONDS = 1.0
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BUSY = 1, 130, 75
 
 
 class DivergenceError(RuntimeError):
@@ -50,15 +52,26 @@ Heartbeat = Callable[[int, dict[str, Any]], None]
 """Called about every second with the step and facts for the status."""
 
 
-def replay_slack(spec: RunSpec) -> int:
-    """Rows per task beyond the replay's capacity: those of two checkpoint intervals."""
+def checkpoint_steps(spec: RunSpec) -> int:
+    """Steps per task from one checkpoint to the next at most: whole episodes, about a fifth of the
+    run or CHECKPOINT_STEPS, whichever is less. It bounds the replay's slack."""
     p = spec.protocol
-    return 2 * (max(CHECKPOINT_STEPS, p.horizon * p.envs_per_task) + p.horizon * p.envs_per_task)
+    unit = p.horizon * p.envs_per_task
+    return -(-min(CHECKPOINT_STEPS, p.steps_per_task // 5) // unit) * unit
 
 
 def replay_capacity(spec: RunSpec) -> int:
     """Rows per task that can be sampled; a short run never fills the whole buffer."""
     return min(spec.protocol.replay_per_task, spec.protocol.steps_per_task)
+
+
+def replay_slack(spec: RunSpec) -> int:
+    """Rows per task beyond the replay's capacity: those of two checkpoint intervals.
+
+    Until a checkpoint is committed, the one before the last may yet be needed, if the last turns
+    out damaged; no row that it could sample has been overwritten by then.
+    """
+    return min(2 * checkpoint_steps(spec), spec.protocol.steps_per_task - replay_capacity(spec))
 
 
 def train(
@@ -67,14 +80,62 @@ def train(
     *,
     device: str = "cpu",
     workers: int = 0,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    allow_other_numerics: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    heartbeat: Heartbeat = lambda step, facts: None,
 ) -> None:
     """Train ``spec`` to its end in ``store``, from its newest checkpoint if it has one.
 
-    Raises Interrupted after a checkpoint once ``stop()`` is true; DivergenceError, SimulatorError
-    or OSError when training cannot go on.
+    Holds the run and keeps its status. Returns at once if the run is done already. Raises
+    BusyError if another process trains it; Interrupted after a checkpoint once ``stop()`` is true;
+    DivergenceError, SimulatorError, StoreError or OSError when training cannot go on.
     """
+    with store.locked():
+        if store.done:
+            return
+        before = store.status()
+        known: dict[str, Any] = {"step": 0, "steps": spec.protocol.steps_per_task}
+        known |= {key: before[key] for key in ("step", "other_numerics") if key in before}
+        process = {"pid": os.getpid(), "host": os.uname().nodename}
+
+        def heartbeat(step: int, facts: dict[str, Any]) -> None:
+            known.update(step=step, **facts)
+            store.write_status("running", time=time.time(), **known, **process)
+
+        def ended(state: State, **facts: Any) -> None:
+            store.write_status(state, time=time.time(), **known, **facts)
+
+        try:
+            if changed := other_numerics(store, device, allow_other_numerics):
+                known["other_numerics"] = changed
+            heartbeat(known["step"], {})
+            run_loop(
+                spec, store, device=device, workers=workers, stop=stop, heartbeat=heartbeat,
+                checkpoint_seconds=checkpoint_seconds,
+            )  # fmt: skip
+        except (Interrupted, KeyboardInterrupt):
+            ended("interrupted")
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            ended("failed", error=reason, traceback=traceback.format_exc())
+            raise
+        known["step"] = spec.protocol.steps_per_task
+        ended("done")
+        store.drop_replay()
+
+
+def run_loop(
+    spec: RunSpec,
+    store: RunStore,
+    *,
+    device: str,
+    workers: int,
+    stop: Callable[[], bool],
+    heartbeat: Heartbeat,
+    checkpoint_seconds: float,
+) -> None:
+    """What `train` does to a run that it holds."""
     p, suite = spec.protocol, spec.make_suite()
     names, clock = suite.spec.task_names, Clock()
     agent = spec.agent(suite.spec, spec.agent_config, p.plan, seed=spec.seed, device=device)
@@ -82,8 +143,7 @@ def train(
     eval_envs = suite.make(seed=spec.seed, autoreset=False)
     meters = Meters(names)
 
-    checkpoint = store.load_checkpoint()
-    store.rewind(checkpoint[0] if checkpoint else None)
+    checkpoint = store.resume()
     replay = ReplayBuffer(
         store.replay_path, suite.spec, agent.extras_spec, capacity=replay_capacity(spec),
         slack=replay_slack(spec), seed=stream(spec.seed, "replay"), device=agent.device,
@@ -92,7 +152,7 @@ def train(
         step, content = checkpoint
         agent.load_state_dict(content["agent"])
         replay.load_state_dict(json.loads(content["replay"]))
-        meters.load_state_dict(content["meters"])
+        meters.load_state_dict(content["meters"], agent.device)
         clock.load(content["seconds"])
         facts: dict[str, Any] = content["facts"]
         obs = envs.load_state_dict(json.loads(content["envs"]))
@@ -125,14 +185,15 @@ def train(
             )  # fmt: skip
         store.append_metrics(outcome.rows(step, kind, names))
         facts["success"] = float(outcome.success.mean())
+        facts["parameters"] = agent.parameter_counts()
         return outcome.observations
 
     started, saved_step, saved_at, beat_at = time.monotonic(), step, time.monotonic(), 0.0
-    first = step
+    first, interval = step, checkpoint_steps(spec)
     while step < p.steps_per_task:
         with clock("act"):
             action, extras = agent.act(obs, explore=True)
-        with clock("simulator"):
+        with clock("simulator"), meters.suspected(step, action):
             result = envs.step(action)
         replay.add(obs, action, result, extras)
         obs, step = result.obs, step + p.envs_per_task
@@ -158,9 +219,9 @@ def train(
             store.write_probe(f"{step:010d}", agent.probe())
         if step % p.eval_every == 0 and step < p.steps_per_task:
             measure(p.eval_episodes, "eval")
-        late = time.monotonic() - saved_at > CHECKPOINT_SECONDS
         stopping = stop()
-        if stopping or late or step - saved_step >= CHECKPOINT_STEPS or step == p.steps_per_task:
+        late = time.monotonic() - saved_at > checkpoint_seconds or step - saved_step >= interval
+        if stopping or late or step == p.steps_per_task:
             save()
             saved_step, saved_at = step, time.monotonic()
         if stopping and step < p.steps_per_task:
@@ -175,7 +236,7 @@ def train(
 
 
 def due(step: int, unit: int, total: int, points: int) -> bool:
-    """Whether ``step``, a multiple of ``unit``, is one of about ``points`` spread over ``total``."""
+    """Whether ``step``, a multiple of ``unit``, is one of about ``points`` over ``total``."""
     every = max(1, total // unit // points) * unit
     return step % every == 0 or step == total
 
@@ -190,6 +251,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
+        """Count the time spent within as the section's."""
         started = time.perf_counter()
         try:
             yield
@@ -226,6 +288,21 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._updates += 1
 
+    @contextmanager
+    def suspected(self, step: int, action: np.ndarray) -> Iterator[None]:
+        """If the simulator fails on an action that is no number, training is to blame."""
+        try:
+            yield
+        except SimulatorError:
+            self.check(step)
+            if not np.isfinite(action).all():
+                task = int(np.argmin(np.isfinite(action).all((1, 2))))
+                raise DivergenceError(
+                    f"training diverged by step {step}: the action of {self.names[task]} "
+                    "is no longer a finite number"
+                ) from None
+            raise
+
     def check(self, step: int) -> None:
         """Raise DivergenceError, naming metric and tasks, if a sum is not finite."""
         if not self._sums:
@@ -237,7 +314,7 @@ class Meters:
         raise DivergenceError(
             f"training diverged by step {step}: {list(self._sums)[metric]} of "
             f"{self.names[task]} is no longer a finite number"
-        )
+        ) from None
 
     def rows(self, step: int) -> list[Row]:
         """The means since the last call, and start anew."""
@@ -263,10 +340,29 @@ class Meters:
             "updates": self._updates,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Inverse of `state_dict`."""
         self._episodes = state["episodes"].numpy().copy()
-        self._sums, self._updates = dict(state["sums"]), state["updates"]
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._updates = state["updates"]
+
+
+def other_numerics(store: RunStore, device: str, allowed: bool) -> list[str]:
+    """How this process's numerics differ from those the run began under, in words.
+
+    Raises StoreError if they do and that is not ``allowed``.
+    """
+    began = store.description().get("environment", {}).get("numerics", {})
+    now = machine.numerics(device, torch.get_num_threads())
+    changed = [f"{k} {began.get(k)} -> {v}" for k, v in now.items() if began.get(k) != v]
+    if changed:
+        message = f"the run began under other numerics ({'; '.join(changed)})"
+        if not allowed:
+            raise StoreError(
+                f"{message}; resume it as it began, or pass --allow-other-numerics to go on anyway"
+            )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return changed
 
 
 # ------------------------------------------------------------------------ one run, one process
@@ -280,55 +376,36 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run directory with a spec.json")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sim-workers", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--sim-workers", type=int, default=0, help="processes to simulate in")
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=CHECKPOINT_SECONDS,
+        help="time between checkpoints, which are taken at the ends of episodes",
+    )  # fmt: skip
     parser.add_argument("--allow-other-numerics", action="store_true")
     options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: at least 1 is needed")
     torch.set_num_threads(options.threads)
-    store = RunStore(options.run)
-    spec = store.spec()
-    stop = _StopRequest()
-    identity = {"pid": os.getpid(), "host": os.uname().nodename}
-    last: dict[str, Any] = {"step": store.status().get("step", 0)}
-
-    def heartbeat(step: int, facts: dict[str, Any]) -> None:
-        last.update(step=step, **facts)
-        store.write_status(
-            "running", steps=spec.protocol.steps_per_task, time=time.time(), **last, **identity
-        )
-
-    def ended(state: Any, **facts: Any) -> None:
-        facts = {"steps": spec.protocol.steps_per_task, "time": time.time(), **last, **facts}
-        store.write_status(state, **facts)
-
+    store, stop = RunStore(options.run), _StopRequest()
     try:
-        with store.locked():
-            if store.done:
-                return 0
-            try:
-                _check_numerics(store, options.device, options.threads, options.allow_other_numerics)
-                heartbeat(last["step"], {})
-                train(
-                    spec, store, device=options.device, workers=options.sim_workers,
-                    stop=stop, heartbeat=heartbeat,
-                )  # fmt: skip
-            except Interrupted:
-                ended("interrupted")
-                return 130
-            except Exception as error:  # noqa: BLE001  (whatever ended the run is recorded with it)
-                ended("failed", error=_reason(error), traceback=traceback.format_exc())
-                traceback.print_exc()
-                return 1
-            ended("done", step=spec.protocol.steps_per_task)
-            store.drop_replay()
-            return 0
+        device = machine.resolve_device(options.device)
+        train(
+            store.spec(), store, device=device, workers=options.sim_workers, stop=stop,
+            checkpoint_seconds=options.checkpoint_seconds,
+            allow_other_numerics=options.allow_other_numerics,
+        )  # fmt: skip
+    except (Interrupted, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     except BusyError as error:
         print(error, file=sys.stderr)
-        return 75
-    except OSError as error:
-        print(f"cannot record the end of {store.path}: {error}", file=sys.stderr)
-        return 1
+        return EXIT_BUSY
+    except Exception as error:  # noqa: BLE001  (the status has it too, unless it cannot be written)
+        traceback.print_exc()
+        print(f"{store.path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
 
 
 class _StopRequest:
@@ -342,7 +419,6 @@ class _StopRequest:
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._asked:  # a second request does not wait for the end of the episode
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self._asked = True
 
@@ -350,24 +426,12 @@ class _StopRequest:
         return self._asked or os.getppid() != self._parent
 
 
-def _check_numerics(store: RunStore, device: str, threads: int, allowed: bool) -> None:
-    """Refuse to go on under other numerics than the run began with, unless asked to."""
-    began = store.description()["environment"]["numerics"]
-    now = machine.numerics(device, threads)
-    changed = [f"{k} {began.get(k)} -> {v}" for k, v in now.items() if began.get(k) != v]
-    if not changed:
-        return
-    message = f"the run began under other numerics ({'; '.join(changed)})"
-    if not allowed:
-        raise StoreError(
-            f"{message}; resume it as it began, or pass --allow-other-numerics to go on anyway"
-        )
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+class _Callable(ModuleType):
+    """``from bench import train`` is the function, although this module has the same name."""
 
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    __call__ = staticmethod(train)
 
 
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _Callable
