@@ -1,0 +1,380 @@
+"""What the reports are made from: tidy frames, and the sections they fall into.
+
+A section holds the runs of one suite at one scale (preset and steps per task). No table or figure
+ever averages over two scales, nor over runs of one algorithm whose configurations differ: those get
+labels that say what differs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+RUN_COLUMNS: dict[str, Any] = {
+    "run": "",
+    "suite": "",
+    "algorithm": "",
+    "seed": -1,
+    "state": "pending",
+    "preset": "unknown",
+    "step": 0,
+    "steps_per_task": 0,
+    "parameters_actor": np.nan,
+    "parameters_critic": np.nan,
+    "seconds": np.nan,
+    "updates_per_second": np.nan,
+    "error": "",
+}
+_ROW = {"run": "", "suite": "", "algorithm": "", "seed": -1, "step": 0}
+METRIC_COLUMNS = _ROW | {"kind": "", "task": "", "metric": "", "value": np.nan, "count": np.nan}
+TIMING_COLUMNS = _ROW | {"section": "", "seconds": np.nan}
+
+REFERENCES = ("expert", "random")
+"""Policies that nobody trained; they are yardsticks, never contestants."""
+
+PAPER_ORDER = ("mega", "d2r", "soft_module", "paco", "care", "mtmh_sac", "mt_sac")
+"""Row order of MEGA Table 1, MEGA first; other algorithms follow by name."""
+
+RECIPE = (
+    "gamma",
+    "tau",
+    "actor_lr",
+    "critic_lr",
+    "alpha_lr",
+    "reward_scale",
+    "loss_weight",
+    "grad_clip",
+    "critic_layer_norm",
+    "reward_balance",
+    "time_limit",
+    "target_entropy",
+    "init",
+)
+"""Configuration fields that a comparison expects to be alike for every algorithm."""
+
+Snapshot = tuple[int, dict[str, np.ndarray]]
+
+
+class MissingError(Exception):
+    """A table or figure that cannot be had from these results; the message says why."""
+
+
+def _complete(frame: pd.DataFrame, columns: dict[str, Any]) -> pd.DataFrame:
+    """A copy that has every column, of the default's kind, whatever the frame came with."""
+    out = frame.reset_index(drop=True).copy()
+    for name, default in columns.items():
+        if name not in out:
+            out[name] = default
+        if isinstance(default, str):
+            out[name] = out[name].astype(object).where(out[name].notna(), default).map(str)
+        else:
+            numbers = pd.to_numeric(out[name], errors="coerce")
+            out[name] = numbers.fillna(default).astype(type(default))
+    return out
+
+
+@dataclass(kw_only=True)
+class Results:
+    """The frames of a results folder; absent columns and empty frames are allowed."""
+
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """One row per run: see ``RUN_COLUMNS``, and ``protocol.*``, ``config.*``, ``hardware.*``,
+    ``versions.*``. ``step`` and ``steps_per_task`` count environment steps of each task;
+    ``seconds`` is training wall-clock."""
+    metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Tidy rows. Of ``success``, value and count are successes and episodes; of ``return``, the
+    mean episode return and episodes; of anything else, a mean and its samples."""
+    timing: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Cumulative seconds per section of the training loop."""
+    probes: dict[str, list[Snapshot]] = field(default_factory=dict)
+    """Per run, the agent's own arrays by step."""
+    traces: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """Per run, arrays computed on observations of the final evaluation."""
+    tasks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Task names of a suite in the order of the task axis; without it, the order in metrics."""
+
+    def __post_init__(self) -> None:
+        self.runs = _complete(self.runs, RUN_COLUMNS).drop_duplicates("run", keep="last")
+        self.metrics = _complete(self.metrics, METRIC_COLUMNS)
+        self.timing = _complete(self.timing, TIMING_COLUMNS)
+
+
+@cache
+def published(name: str) -> pd.DataFrame:
+    """The papers' numbers ``published/<name>.csv``, with each row's ``citation``.
+
+    Raises:
+        ValueError: no such table.
+    """
+    folder = Path(__file__).parent / "published"
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.csv")))
+        raise ValueError(f"no published table {name!r}; there are {known}")
+    frame = pd.read_csv(path)
+    if name == "sources":
+        return frame
+    sources = pd.read_csv(folder / "sources.csv")
+    citations = dict(zip(sources["source"], sources["citation"], strict=True))
+    return frame.assign(citation=[citations.get(source, source) for source in frame["source"]])
+
+
+def generator(*names: object) -> np.random.Generator:
+    """A random stream of its own for each thing, so that no interval depends on another's."""
+    return np.random.default_rng([zlib.crc32(str(name).encode()) for name in names])
+
+
+def text(value: object) -> str:
+    """A configuration value as people write it; what is absent is empty."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value)).lower()
+    if isinstance(value, (int, np.integer)):
+        return f"{int(value):,}" if abs(int(value)) >= 10_000 else str(int(value))
+    if isinstance(value, (float, np.floating)):
+        return text(int(value)) if float(value).is_integer() else f"{value:g}"
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return ", ".join(text(item) for item in value)
+    return str(value)
+
+
+def order_key(label: str) -> tuple[int, str]:
+    """Sorts labels in the papers' order, variants after their algorithm."""
+    base = base_name(label)
+    rank = PAPER_ORDER.index(base) if base in PAPER_ORDER else len(PAPER_ORDER)
+    return rank, label
+
+
+def base_name(label: str) -> str:
+    """``mega`` of ``mega@softmax [tau=0.01]``."""
+    return label.split(" [")[0].split("@")[0]
+
+
+def _labels(runs: pd.DataFrame) -> list[str]:
+    """Algorithm labels; runs of one algorithm whose settings differ say in which value."""
+    settings = [
+        str(name)
+        for name in runs.columns
+        if str(name).startswith(("protocol.", "config."))
+        and str(name).split(".", 1)[1] not in ("seed", "steps_per_task")
+    ]
+    marks = pd.Series("", index=runs.index)
+    for _, group in runs.groupby("algorithm"):
+        for name in settings:
+            values = group[name].map(text)
+            if len(set(values) - {""}) > 1:
+                short = name.split(".", 1)[1]
+                marks.loc[group.index] += [f", {short}={value or '?'}" for value in values]
+    return [
+        f"{algorithm} [{mark[2:]}]" if mark else algorithm
+        for algorithm, mark in zip(runs["algorithm"], marks, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbedRun:
+    """One run with what its agent recorded."""
+
+    label: str
+    run: str
+    seed: int
+    finished: bool
+    snapshots: list[Snapshot]
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps ``(S,)`` and values ``(S, ...)`` of one array over training."""
+        kept = [(step, arrays[key]) for step, arrays in self.snapshots if key in arrays]
+        return np.array([s for s, _ in kept]), np.stack([v for _, v in kept])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Section:
+    """The runs of one suite at one scale, with what was measured on them."""
+
+    suite: str
+    preset: str
+    steps_per_task: int
+    runs: pd.DataFrame
+    """Rows of ``Results.runs`` with ``label`` and ``finished``."""
+    metrics: pd.DataFrame
+    """Evaluation rows of these runs, with ``label`` and ``finished``."""
+    references: pd.DataFrame
+    """(policies x tasks) success rate, empty where none was recorded."""
+    timing: pd.DataFrame
+    tasks: tuple[str, ...]
+    results: Results
+
+    @property
+    def title(self) -> str:
+        """Suite and scale, as the heading has it."""
+        return f"{self.suite} · {self.preset} · {self.steps_per_task:,} steps per task"
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Every label of the section in display order, also of runs without results."""
+        return sorted(set(self.runs["label"]), key=order_key)
+
+    @cached_property
+    def paper_steps(self) -> int | None:
+        """Steps per task in the papers' experiments on this suite."""
+        rows = published("success_rates").query("suite == @self.suite").dropna()
+        return int(rows["steps_per_task"].iloc[0]) if len(rows) else None
+
+    @property
+    def full_scale(self) -> bool:
+        """Whether this is the papers' preset at the papers' length."""
+        return self.preset == "paper" and self.steps_per_task >= (self.paper_steps or 0)
+
+    @property
+    def scale(self) -> str:
+        """The scale in words; it stands wherever the numbers do."""
+        words = f"preset {self.preset}, {self.steps_per_task:,} environment steps per task"
+        if self.full_scale:
+            return words
+        paper = f"; the papers train {self.paper_steps:,}" if self.paper_steps else ""
+        return f"{words} (not the papers' scale{paper})"
+
+    @cached_property
+    def missing(self) -> str:
+        """How many of the section's runs have no result, by state."""
+        out = self.runs[~self.runs["finished"]]
+        if out.empty:
+            return f"all {len(self.runs)} runs finished"
+        states = out["state"].where(out["state"] != "done", "done without final evaluation")
+        counts = ", ".join(f"{n} {state}" for state, n in sorted(states.value_counts().items()))
+        return f"{len(out)} of {len(self.runs)} runs missing ({counts})"
+
+    @cached_property
+    def _final(self) -> pd.DataFrame:
+        rows = self.metrics
+        return rows[(rows["kind"] == "final") & (rows["metric"] == "success") & rows["finished"]]
+
+    @cached_property
+    def episodes(self) -> str:
+        """Episodes per task of the final evaluation."""
+        counts = self._final["count"].dropna()
+        if counts.empty:
+            return "none"
+        low, high = int(counts.min()), int(counts.max())
+        return str(low) if low == high else f"{low}–{high}"
+
+    def scores(self, label: str) -> pd.DataFrame:
+        """Final success rates, seeds x tasks; runs that lack a task's evaluation are left out.
+
+        Index: seed, ascending. The rate is successes over episodes of the last policy.
+        """
+        rows = self._final[self._final["label"] == label]
+        rates = (rows["value"] / rows["count"]).rename("rate")
+        frame = rows[["run", "seed", "task"]].assign(rate=rates)
+        wide = frame.pivot_table(index=["seed", "run"], columns="task", values="rate")
+        return wide.reindex(columns=list(self.tasks)).dropna().droplevel("run")
+
+    @cached_property
+    def scored(self) -> list[str]:
+        """Labels with at least one finished run, in display order."""
+        return [label for label in self.labels if len(self.scores(label))]
+
+    def curves(self, metric: str) -> pd.DataFrame:
+        """Evaluations during training: label, run, finished, step, task, value.
+
+        ``success`` comes as a rate; ``return`` as the mean over the evaluation's episodes.
+        """
+        rows = self.metrics
+        rows = rows[(rows["kind"] == "eval") & (rows["metric"] == metric)]
+        value = rows["value"] / rows["count"] if metric == "success" else rows["value"]
+        keep = ["label", "run", "finished", "step", "task"]
+        return rows[keep].assign(value=value).dropna(subset="value")
+
+    def probed(self, key: str) -> list[ProbedRun]:
+        """Runs whose agent recorded ``key`` during training, in display order."""
+        return [
+            run
+            for run in self._probed
+            if run.snapshots and any(key in arrays for _, arrays in run.snapshots)
+        ]
+
+    @cached_property
+    def _probed(self) -> list[ProbedRun]:
+        rows = [
+            ProbedRun(
+                label=row["label"],
+                run=row["run"],
+                seed=row["seed"],
+                finished=row["finished"],
+                snapshots=self.results.probes.get(row["run"], []),
+            )
+            for row in self.runs.to_dict("records")
+        ]
+        return sorted(rows, key=lambda run: (order_key(run.label), run.seed, run.run))
+
+    def traced(self, key: str) -> Iterator[tuple[ProbedRun, np.ndarray]]:
+        """Finished runs whose agent traced ``key`` on the final evaluation, with the array."""
+        for run in self._probed:
+            arrays = self.results.traces.get(run.run, {})
+            if run.finished and key in arrays:
+                yield run, arrays[key]
+
+    def caption(self, estimator: str, labels: list[str] | None = None) -> str:
+        """Estimator, seeds, episodes, scale and missing runs, as under every table and figure."""
+        names = self.labels if labels is None else labels
+        seeds = ", ".join(f"{name} n = {len(self.scores(name))}" for name in names)
+        return (
+            f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {self.episodes} episodes "
+            f"per task. Suite {self.suite}, {self.scale}; {self.missing}."
+        )
+
+
+def _task_order(results: Results, suite: str, metrics: pd.DataFrame) -> tuple[str, ...]:
+    names = [name for name in pd.unique(metrics["task"]) if name not in ("", "all")]
+    stated = results.tasks.get(suite, ())
+    return (*stated, *(str(name) for name in names if name not in stated))
+
+
+def _references(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
+    rows = metrics[metrics["metric"] == "success"]
+    sums = rows.groupby(["algorithm", "task"])[["value", "count"]].sum()
+    rates = (sums["value"] / sums["count"]).unstack()
+    present = [name for name in REFERENCES if name in rates.index]
+    return rates.reindex(index=present, columns=list(tasks))
+
+
+def sections(results: Results) -> list[Section]:
+    """The report's sections: one per suite and scale, ordered by suite, largest scale first."""
+    runs = results.runs[~results.runs["algorithm"].isin(REFERENCES)]
+    measured = results.metrics[results.metrics["kind"].isin(["eval", "final"])]
+    references = results.metrics[results.metrics["kind"] == "reference"]
+    out = []
+    for key, group in runs.groupby(["suite", "preset", "steps_per_task"]):
+        suite, preset, steps = cast(tuple[str, str, int], key)
+        metrics = measured[measured["run"].isin(group["run"])]
+        evaluated = set(metrics.loc[metrics["kind"] == "final", "run"])
+        group = group.assign(
+            label=_labels(group),
+            finished=(group["state"] == "done") & group["run"].isin(evaluated),
+        )
+        tasks = _task_order(results, suite, metrics)
+        facts = group.set_index("run")[["label", "finished"]]
+        out.append(
+            Section(
+                suite=suite,
+                preset=preset,
+                steps_per_task=steps,
+                runs=group.sort_values(["algorithm", "seed", "run"]),
+                metrics=metrics.join(facts, on="run"),
+                references=_references(references[references["suite"] == suite], tasks),
+                timing=results.timing[results.timing["run"].isin(group["run"])].join(
+                    facts, on="run"
+                ),
+                tasks=tasks,
+                results=results,
+            )
+        )
+    return sorted(out, key=lambda s: (s.suite, -s.steps_per_task, s.preset))

@@ -1,0 +1,187 @@
+"""Statistics of few seeds: pure functions of runs x tasks matrices, randomness passed in.
+
+A score matrix is ``(n, T)``: ``n`` seeds (runs) by ``T`` tasks, each entry a success rate. Seeds
+are the unit of every test. What a sample is too small to support is NaN, never a guess.
+
+Sources: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice,
+NeurIPS 2021 (interquartile mean, stratified bootstrap, probability of improvement); Welch 1947;
+Holm 1979.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as distributions
+
+Floats = NDArray[np.float64]
+
+MIN_SEEDS = 3
+"""Below this many seeds no interval is drawn."""
+WELCH_BELOW = 10
+"""Below this many seeds a difference is judged by Welch's t, from there on by the bootstrap."""
+CONFIDENCE = 0.95
+REPLICATES = 2000
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval; the bounds are NaN where the sample supports none."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both bounds are known."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean of ``a`` minus mean of ``b`` over seeds, and how it was judged."""
+
+    estimate: Estimate
+    p: float
+    """Two-sided p value, NaN where none can be had."""
+    method: str
+
+
+def _floats(values: ArrayLike) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+def mean_std(seed_means: ArrayLike) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1) over seeds; the deviation of one seed is NaN."""
+    x = _floats(seed_means)
+    if x.size == 0:
+        return float("nan"), float("nan")
+    return float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else float("nan")
+
+
+def mean_interval(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """Mean over axis 0 with its 95 % t interval; the bounds are NaN below three seeds."""
+    x = _floats(values)
+    n = x.shape[0]
+    mean = x.mean(axis=0)
+    if n < MIN_SEEDS:
+        unknown = np.full_like(mean, np.nan)
+        return mean, unknown, unknown
+    half = distributions.t.ppf((1 + CONFIDENCE) / 2, n - 1) * x.std(axis=0, ddof=1) / np.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def interquartile_mean(scores: ArrayLike) -> Floats:
+    """Mean of the middle half of the last two axes ``(..., n, T)``, a quarter cut at each end.
+
+    The cut is ``floor(size / 4)`` entries per end, as scipy's ``trim_mean`` and rliable have it.
+    """
+    x = _floats(scores)
+    flat = np.sort(x.reshape(*x.shape[:-2], -1), axis=-1)
+    cut = flat.shape[-1] // 4
+    middle = flat[..., cut : flat.shape[-1] - cut]
+    return _floats(middle.mean(axis=-1))
+
+
+def _resample(scores: Floats, rng: np.random.Generator, replicates: int) -> Floats:
+    """``(replicates, n, T)``: seeds drawn with replacement within each task (the strata)."""
+    n, tasks = scores.shape
+    index = rng.integers(n, size=(replicates, n, tasks))
+    return np.take_along_axis(scores[None], index, axis=1)
+
+
+def _percentiles(samples: Floats) -> tuple[float, float]:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def stratified_interval(
+    scores: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    rng: np.random.Generator,
+    replicates: int = REPLICATES,
+) -> Estimate:
+    """A statistic of ``(..., n, T)`` with its 95 % percentile bootstrap interval."""
+    x = _floats(scores)
+    value = float(statistic(x))
+    if x.shape[0] < MIN_SEEDS:
+        return Estimate(value)
+    return Estimate(value, *_percentiles(statistic(_resample(x, rng, replicates))))
+
+
+def _wins(a: Floats, b: Floats) -> Floats:
+    """Share of pairs (seed of a, seed of b) that a wins, ties half, mean over tasks: ``(...)``."""
+    margin = a[..., :, None, :] - b[..., None, :, :]
+    return _floats((0.5 * (1 + np.sign(margin))).mean(axis=(-3, -2, -1)))
+
+
+def probability_of_improvement(
+    a: ArrayLike, b: ArrayLike, rng: np.random.Generator, replicates: int = REPLICATES
+) -> Estimate:
+    """P(a > b): a random seed of ``a`` beats one of ``b`` on a random task, ties counted half.
+
+    Both matrices have the same tasks as columns. The interval resamples each independently.
+    """
+    x, y = _floats(a), _floats(b)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"score matrices of {x.shape[1]} and {y.shape[1]} tasks")
+    value = float(_wins(x, y))
+    if min(len(x), len(y)) < MIN_SEEDS:
+        return Estimate(value)
+    samples = _wins(_resample(x, rng, replicates), _resample(y, rng, replicates))
+    return Estimate(value, *_percentiles(samples))
+
+
+def welch(a: ArrayLike, b: ArrayLike) -> Difference:
+    """Welch's t interval and p value of ``mean(a) - mean(b)`` for seed means ``(n,)``, ``(m,)``."""
+    x, y = _floats(a), _floats(b)
+    delta = float(x.mean() - y.mean())
+    if min(x.size, y.size) < MIN_SEEDS:
+        return Difference(
+            estimate=Estimate(delta), p=float("nan"), method=f"fewer than {MIN_SEEDS} seeds"
+        )
+    vx, vy = float(x.var(ddof=1)) / x.size, float(y.var(ddof=1)) / y.size
+    if vx + vy == 0:
+        # Identical seeds on both sides carry no information about the spread of further ones.
+        return Difference(estimate=Estimate(delta), p=float("nan"), method="seeds do not vary")
+    error = np.sqrt(vx + vy)
+    df = (vx + vy) ** 2 / (vx**2 / (x.size - 1) + vy**2 / (y.size - 1))
+    half = float(distributions.t.ppf((1 + CONFIDENCE) / 2, df) * error)
+    p = 2 * float(distributions.t.sf(abs(delta) / error, df))
+    return Difference(estimate=Estimate(delta, delta - half, delta + half), p=p, method="Welch t")
+
+
+def difference(
+    a: ArrayLike, b: ArrayLike, rng: np.random.Generator, replicates: int = REPLICATES
+) -> Difference:
+    """Difference of seed means: Welch's t below ten seeds, percentile bootstrap from ten on."""
+    x, y = _floats(a), _floats(b)
+    if min(x.size, y.size) < WELCH_BELOW:
+        return welch(x, y)
+    samples = _resample(x[:, None], rng, replicates).mean(axis=(1, 2)) - _resample(
+        y[:, None], rng, replicates
+    ).mean(axis=(1, 2))
+    tail = min(int((samples <= 0).sum()), int((samples >= 0).sum()))
+    return Difference(
+        estimate=Estimate(float(x.mean() - y.mean()), *_percentiles(samples)),
+        p=min(1.0, 2 * (tail + 1) / (replicates + 1)),
+        method="bootstrap",
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values in the given order; NaN stays NaN and is not counted."""
+    adjusted = [float("nan")] * len(p_values)
+    order = sorted(
+        (i for i, p in enumerate(p_values) if not np.isnan(p)), key=lambda i: p_values[i]
+    )
+    running = 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * p_values[i]))
+        adjusted[i] = running
+    return adjusted

@@ -1,0 +1,662 @@
+"""The reports: statistics against hand-worked numbers, pages from anything.
+
+The frames here are made up by a seeded generator; they exercise the reporting code and stand for
+no result.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from reports import Results, build, published, stats, summary
+from reports.figures import FIGURES, figure, looks
+from reports.frames import MissingError, sections
+from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
+from reports.tables import TABLES, comparisons, setting_warnings, table, to_latex, to_markdown
+
+MT10 = tuple(
+    f"{name}-v3"
+    for name in [
+        "reach",
+        "push",
+        "pick-place",
+        "door-open",
+        "drawer-open",
+        "drawer-close",
+        "button-press-topdown",
+        "peg-insert-side",
+        "window-open",
+        "window-close",
+    ]
+)
+CAUSES = np.array(["no progress", "unsolved"])
+
+
+def _genotypes(
+    rng: np.random.Generator, stage: np.ndarray, population: int, precision: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Padded populations around a centre per task, and their lengths."""
+    lengths = (stage + 1) * (stage + 2) // 2 * precision
+    out = np.full((len(stage), population, int(lengths.max())), -1, dtype=np.int8)
+    for task, length in enumerate(lengths):
+        centre = np.random.default_rng(task).integers(2, size=length)
+        flips = rng.random((population, length)) < 0.12
+        out[task, :, :length] = centre ^ flips
+    return out, np.repeat(lengths[:, None], population, axis=1)
+
+
+def _mega_probes(rng: np.random.Generator, steps: np.ndarray, tasks: int) -> list[Any]:
+    stage = np.full(tasks, 3)
+    events: list[list[int]] = []
+    levels = np.array([[1, 1, 1, 1, 1], [2, 0.047, 0.953, 0.0005, 0.9995], [3, 0.02, 0.9, 0.0, 1]])
+    snapshots = []
+    for step in steps:
+        if step > 0:
+            for task in np.flatnonzero(rng.random(tasks) < np.linspace(0, 0.2, tasks)):
+                events.append([step, task, stage[task], stage[task] + 1, int(rng.integers(2))])
+                stage[task] += 1
+        genotypes, lengths = _genotypes(rng, stage, 3, 2)
+        snapshots.append(
+            (
+                int(step),
+                {
+                    "stage": stage.copy(),
+                    "stage_events": np.array(events, dtype=int).reshape(-1, 5),
+                    "cause_names": CAUSES,
+                    "genotypes": genotypes,
+                    "lengths": lengths,
+                    "modules_used": stage - rng.random(tasks),
+                    "weight_intervals": levels,
+                    "precision": np.array(2),
+                },
+            )
+        )
+    return snapshots
+
+
+def make_results(
+    algorithms: tuple[str, ...] = ("mega", "d2r", "mt_sac"),
+    seeds: int = 5,
+    suite: str = "mt10_rand",
+    tasks: tuple[str, ...] = MT10,
+    preset: str = "cpu",
+    steps_per_task: int = 100_000,
+    states: dict[tuple[str, int], str] | None = None,
+) -> Results:
+    """Plausible frames of every kind that the store hands over."""
+    steps = np.linspace(0, steps_per_task, 11).astype(int)
+    runs, metrics, timing = [], [], []
+    probes: dict[str, Any] = {}
+    traces: dict[str, Any] = {}
+    for a, algorithm in enumerate(algorithms):
+        for seed in range(seeds):
+            rng = np.random.default_rng([a, seed])
+            run = f"{suite}/{algorithm}/{seed}-{a:02x}"
+            state = (states or {}).get((algorithm, seed), "done")
+            key = {"run": run, "suite": suite, "algorithm": algorithm, "seed": seed}
+            seen = steps if state == "done" else steps[: 0 if state in ("pending",) else 6]
+            reached = int(seen[-1]) if len(seen) else 0
+            error = "Traceback:\n  x\nFloatingPointError: critic loss is NaN in task push-v3"
+            runs.append(
+                key
+                | {
+                    "state": state,
+                    "preset": preset,
+                    "step": reached,
+                    "steps_per_task": steps_per_task,
+                    "parameters_actor": 488_392 + 1000 * a,
+                    "parameters_critic": 684_947,
+                    "seconds": 3000.0 + 100 * seed,
+                    "updates_per_second": 30.0,
+                    "error": error if state == "failed" else "",
+                    "protocol.horizon": 200,
+                    "protocol.eval_episodes": 10,
+                    "config.gamma": 0.99,
+                    "config.actor_lr": 1e-3,
+                    "hardware.cpu": "AMD EPYC",
+                    "versions.torch": "2.13.0",
+                }
+            )
+            skill = np.clip(np.linspace(0.95, -0.3, len(tasks)) + 0.12 * (1 - a), 0, 1)
+            for step in seen:
+                grown = skill * (1 - np.exp(-3.5 * step / steps_per_task))
+                kinds = [("eval", 10)]
+                if step == steps[-1] and state == "done":
+                    kinds.append(("final", 50))
+                for kind, episodes in kinds:
+                    for task, rate in zip(tasks, grown, strict=True):
+                        level = np.clip(rate + 0.07 * rng.standard_normal(), 0, 1)
+                        row = key | {"step": int(step), "kind": kind, "task": task}
+                        wins = round(float(level) * episodes)
+                        metrics.append(
+                            row | {"metric": "success", "value": wins, "count": episodes}
+                        )
+                        mean = 1500 * float(level) + 50 * rng.random()
+                        metrics.append(row | {"metric": "return", "value": mean, "count": episodes})
+                parts = {
+                    "simulator": 0.3,
+                    "update": 0.5,
+                    "act": 0.08,
+                    "evaluation": 0.07,
+                    "checkpoint": 0.01,
+                    "genetic": 0.005 if algorithm.startswith("mega") else 0.0,
+                    "total": 1.0,
+                }
+                timing += [
+                    key | {"step": int(step), "section": name, "seconds": share * step * 0.03}
+                    for name, share in parts.items()
+                ]
+            if algorithm.startswith("mega"):
+                probes[run] = _mega_probes(rng, seen, len(tasks))
+            elif algorithm.startswith("d2r"):
+                probes[run] = [
+                    (int(s), {"route_temperature": 1 + rng.random(len(tasks)) * s / 1e5})
+                    for s in seen
+                ]
+                traces[run] = {"modules_used": rng.integers(4, 14, (len(tasks), 8))}
+    for name, rate in (("expert", 1.0), ("random", 0.02)):
+        metrics += [
+            {"run": f"{suite}/{name}", "suite": suite, "algorithm": name, "seed": 0, "step": 0}
+            | {"kind": "reference", "task": task, "metric": "success"}
+            | {"value": round(rate * 50), "count": 50}
+            for task in tasks
+        ]
+    return Results(
+        runs=pd.DataFrame(runs),
+        metrics=pd.DataFrame(metrics),
+        timing=pd.DataFrame(timing),
+        probes=probes,
+        traces=traces,
+    )
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return make_results(states={("mt_sac", 3): "running", ("mt_sac", 4): "failed"})
+
+
+@pytest.fixture(scope="module")
+def page(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(results, tmp_path_factory.mktemp("report"))
+
+
+# Statistics --------------------------------------------------------------------------------------
+
+
+def test_iqm_is_the_mean_of_the_middle_half() -> None:
+    # Sorted 0..7: a quarter is two entries, so the mean of 2, 3, 4, 5.
+    scores = np.array([[7.0, 0.0, 3.0, 2.0], [5.0, 1.0, 6.0, 4.0]])
+    assert stats.interquartile_mean(scores) == 3.5
+    # Six entries: floor(6 / 4) = 1 is cut at each end, (2 + 3 + 4 + 5) / 4.
+    assert stats.interquartile_mean([[1, 2, 3], [4, 5, 100]]) == 3.5
+
+
+def test_mean_and_deviation_over_seeds() -> None:
+    assert stats.mean_std([0.7, 0.8, 0.9]) == (pytest.approx(0.8), pytest.approx(0.1))
+    mean, deviation = stats.mean_std([0.7])
+    assert mean == 0.7
+    assert np.isnan(deviation)
+
+
+def test_bootstrap_is_a_function_of_its_generator_and_strata() -> None:
+    scores = np.random.default_rng(0).random((5, 10))
+    first, again, other = (
+        stats.stratified_interval(scores, stats.interquartile_mean, np.random.default_rng(seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    assert first.low < first.value < first.high
+    # Seeds that agree within each task leave nothing to resample, however tasks differ.
+    constant = np.tile([0.0, 0.5, 1.0, 1.0], (4, 1))
+    still = stats.stratified_interval(constant, stats.interquartile_mean, np.random.default_rng(0))
+    assert still.low == still.value == still.high == 0.75
+    # Two seeds support no interval.
+    assert not stats.stratified_interval(
+        scores[:2], stats.interquartile_mean, np.random.default_rng(0)
+    ).has_interval
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        sample = rng.normal(0.5, 0.1, (20, 4))
+        found = stats.stratified_interval(sample, lambda x: x.mean(axis=(-2, -1)), rng, 300)
+        hits += found.low <= 0.5 <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_welch_against_a_worked_example() -> None:
+    # a: mean 3, s² 2.5, n 5; b: mean 6, s² 10, n 5: t = -3 / sqrt(2.5) = -1.8974, df = 5.8824;
+    # t(.975, 5.8824) = 2.45873 gives -3 ± 3.88760 and p = 0.10755.
+    found = stats.welch([1, 2, 3, 4, 5], [2, 4, 6, 8, 10])
+    assert found.estimate.value == -3
+    assert found.estimate.low == pytest.approx(-6.8876, abs=1e-3)
+    assert found.estimate.high == pytest.approx(0.8876, abs=1e-3)
+    assert found.p == pytest.approx(0.1075, abs=1e-3)
+
+
+def test_difference_is_not_judged_without_support() -> None:
+    rng = np.random.default_rng(0)
+    few = stats.difference([0.1, 0.2], [0.3, 0.4, 0.5], rng)
+    assert few.estimate.value == pytest.approx(-0.25)
+    assert not few.estimate.has_interval
+    assert np.isnan(few.p)
+    flat = stats.difference([0.5] * 4, [0.2] * 4, rng)
+    assert not flat.estimate.has_interval
+    assert flat.method == "seeds do not vary"
+
+
+def test_difference_uses_the_bootstrap_from_ten_seeds_on() -> None:
+    rng = np.random.default_rng(0)
+    a, b = np.linspace(0.6, 0.8, 10), np.linspace(0.2, 0.4, 10)
+    assert stats.difference(a[:9], b, rng).method == "Welch t"
+    found = stats.difference(a, b, rng)
+    assert found.method == "bootstrap"
+    assert found.estimate.low < 0.4 < found.estimate.high
+    assert found.p < 0.01
+
+
+def test_holm_against_a_worked_example() -> None:
+    # Sorted .005 .01 .03 .04 times 4 3 2 1 = .02 .03 .06 .04, made monotone: .02 .03 .06 .06.
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    with_gap = stats.holm([0.01, float("nan"), 0.04])
+    assert with_gap[0] == pytest.approx(0.02)
+    assert np.isnan(with_gap[1])
+    assert stats.holm([0.8, 0.9]) == [1.0, 1.0]
+
+
+def test_probability_of_improvement_against_a_worked_example() -> None:
+    # Task 1: pairs (1>0), (1=1), (2>0), (2>1) give 3.5 of 4; task 2: never better, 0 of 4.
+    rng = np.random.default_rng(0)
+    a, b = np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([[0.0, 1.0], [1.0, 1.0]])
+    found = stats.probability_of_improvement(a, b, rng)
+    assert found.value == pytest.approx((3.5 / 4 + 0) / 2)
+    assert not found.has_interval
+    same = np.random.default_rng(1).random((6, 3))
+    assert stats.probability_of_improvement(same, same, rng).value == 0.5
+    with pytest.raises(ValueError, match="3 and 2 tasks"):
+        stats.probability_of_improvement(same, b, rng)
+
+
+def test_curve_interval_needs_three_seeds() -> None:
+    mean, low, high = stats.mean_interval(np.array([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+    assert mean.tolist() == [1, 1]
+    # t(.975, 2) = 4.30265, times 1 / sqrt(3).
+    assert high[0] - mean[0] == pytest.approx(4.30265 / np.sqrt(3), abs=1e-4)
+    assert low[1] == high[1] == 1
+    assert np.isnan(stats.mean_interval(np.ones((2, 3)))[1]).all()
+
+
+# Genotypes ---------------------------------------------------------------------------------------
+
+
+def test_genotype_of_the_papers_worked_example() -> None:
+    bits = "1110 0110 1011 0111 1101 0010 0101 0111 0000 1011".replace(" ", "")
+    decoded = segments(np.array([int(c) for c in bits], dtype=np.int8), 4)
+    assert [d.tolist() for d in decoded] == [[14], [6, 11], [7, 13, 2], [5, 7, 0, 11]]
+    with pytest.raises(ValueError, match="no stage"):
+        stage_of(41, 4)
+
+
+def test_heads_of_different_stages_share_a_row() -> None:
+    # Stage 1 at one bit: segments (1) and (0, 1); HalfSoftmax of 0 is .01, of 1 is e - .99.
+    grid = weight_matrix(np.array([1, 0, 1], dtype=np.int8), 1, max_stage=3)
+    assert grid.shape == (4, 4)
+    assert grid[0].tolist() == [1, 0, 0, 0]
+    assert not grid[1:3].any()
+    assert grid[3, :2] == pytest.approx([0.01 / (np.e - 0.98), (np.e - 0.99) / (np.e - 0.98)])
+    # A segment of zeros weighs its sources alike.
+    assert weight_matrix(np.zeros(3, dtype=np.int8), 1, 1)[1].tolist() == [0.5, 0.5]
+
+
+def test_embedding_counts_a_survivor_once_and_measures_clusters() -> None:
+    rng = np.random.default_rng(0)
+    genotypes, lengths = _genotypes(rng, np.array([3, 3, 4]), 6, 2)
+    sample = collect([(genotypes, lengths), (genotypes, lengths)], 2)
+    assert len(sample) == len(collect([(genotypes, lengths)], 2)) <= 18
+    map_ = embed(sample, 2)
+    assert map_.points.shape == (len(sample), 2)
+    assert map_.perplexity == pytest.approx((len(sample) - 1) / 3)
+    assert map_.silhouette_task > 0.1
+    assert np.array_equal(map_.points, embed(sample, 2).points)
+    with pytest.raises(ValueError, match="distinct genotypes"):
+        embed(sample[:4], 2)
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def test_published_values_carry_their_citation() -> None:
+    frame = published("success_rates").query("source == 'mega' and suite == 'mt10_rand'")
+    assert frame.set_index("algorithm").loc["mega", "mean"] == 0.82
+    assert frame["citation"].str.contains("2502.13569").all()
+    with pytest.raises(ValueError, match="no published table 'nope'"):
+        published("nope")
+
+
+def test_success_is_successes_over_episodes_per_task_then_per_seed() -> None:
+    rows = [
+        {"run": run, "suite": "s", "algorithm": "mega", "seed": seed, "step": 10}
+        | {"kind": "final", "task": task, "metric": "success", "value": value, "count": count}
+        for run, seed, task, value, count in [
+            ("a", 0, "x", 1, 2),
+            ("a", 0, "y", 50, 50),
+            ("b", 1, "x", 0, 2),
+            ("b", 1, "y", 25, 50),
+        ]
+    ]
+    runs = pd.DataFrame(
+        {"run": ["a", "b"], "suite": "s", "algorithm": "mega", "seed": [0, 1], "state": "done"}
+        | {"preset": "paper", "steps_per_task": 10}
+    )
+    (section,) = sections(Results(runs=runs, metrics=pd.DataFrame(rows)))
+    assert section.scores("mega").to_numpy().tolist() == [[0.5, 1.0], [0.0, 0.5]]
+    made = TABLES["success_rates"](section)
+    # Seeds 0.75 and 0.25: mean 0.5, sample deviation 0.354; two seeds carry no interval.
+    assert made.rows[0][:5] == ("mega", "0.50 ± 0.35", "0.50", "0.25", "2")
+    assert "2–50 episodes" in made.caption
+
+
+def test_success_table_sets_ours_beside_the_published_values(results: Results) -> None:
+    (section,) = sections(results)
+    made = TABLES["success_rates"](section)
+    assert [row[0] for row in made.rows] == ["mega", "d2r", "mt_sac"]
+    assert made.rows[0][-2:] == ("0.82 ± 0.05", "–")
+    assert made.rows[1][-2:] == ("0.77 ± 0.05", "0.86 ± 0.05")
+    assert made.rows[0][6] == "cpu, 100,000"
+    assert "2 of 15 runs missing (1 failed, 1 running)" in made.caption
+    assert "50 episodes" in made.caption
+    assert "not the papers' scale" in made.caption
+    assert made.data.loc[0, "seeds"] == 5
+
+
+def test_task_table_ends_with_the_mean_and_holds_the_references(results: Results) -> None:
+    (section,) = sections(results)
+    made = TABLES["tasks"](section)
+    assert made.columns[-2:] == ("expert (reference)", "random (reference)")
+    assert made.rows[0][0] == "reach-v3"
+    assert made.rows[-1][0] == "mean over tasks"
+    assert made.rows[-1][-2] == "1.00"
+
+
+def test_comparison_says_what_the_interval_supports(results: Results) -> None:
+    (section,) = sections(results)
+    found = {c.other: c for c in comparisons(section)}
+    assert set(found) == {"d2r", "mt_sac"}
+    assert found["mt_sac"].verdict == "separated: mega is better"
+    assert found["mt_sac"].seeds == (5, 3)
+    (two,) = sections(make_results(("mega", "d2r"), seeds=2))
+    assert [c.verdict for c in comparisons(two)] == ["not judged (fewer than 3 seeds)"]
+    (without,) = sections(make_results(("mt_sac", "d2r"), seeds=3))
+    assert comparisons(without)[0].reference == "d2r"
+
+
+def test_compute_table_shares_and_speed() -> None:
+    (section,) = sections(make_results(("mega",), seeds=2))
+    made = TABLES["compute"](section)
+    row = dict(zip(made.columns, made.rows[0], strict=True))
+    # 100,000 steps of 10 tasks in 3,000 s; shares as made.
+    assert (row["Seconds"], row["Steps/s"]) == ("3,000", "333")
+    assert (row["Simulator %"], row["Genetic %"], row["Other %"]) == ("30.0", "0.5", "–")
+    assert (row["Actor M"], row["Sum M"]) == ("0.49", "1.17")
+
+
+def test_scales_and_settings_are_never_averaged() -> None:
+    mixed = make_results(("mega", "d2r"), seeds=2)
+    mixed.runs.loc[mixed.runs["seed"] == 1, "preset"] = "paper"
+    assert [s.preset for s in sections(mixed)] == ["cpu", "paper"]
+    tuned = make_results(("mega",), seeds=2)
+    tuned.runs.loc[tuned.runs["seed"] == 1, "config.actor_lr"] = 3e-4
+    (section,) = sections(tuned)
+    assert section.labels == ["mega [actor_lr=0.0003]", "mega [actor_lr=0.001]"]
+
+
+def test_protocol_that_differs_is_warned_of() -> None:
+    alike = make_results(("mega", "d2r"), seeds=1)
+    assert setting_warnings(sections(alike)[0]) == ()
+    alike.runs.loc[alike.runs["algorithm"] == "d2r", "protocol.horizon"] = 500
+    (section,) = sections(alike)
+    (warning,) = setting_warnings(section)
+    assert "horizon (mega: 200; d2r: 500)" in warning
+    assert TABLES["success_rates"](section).warnings == (warning,)
+    assert warning.replace("_", r"\_") in to_markdown(TABLES["protocol"](section))
+
+
+def test_writers_escape() -> None:
+    made = TABLES["tasks"](sections(make_results(seeds=1, tasks=("a|b<i>", "50%_&~")))[0])
+    assert r"a\|b&lt;i&gt;" in to_markdown(made)
+    tex = to_latex(made)
+    assert r"50\%\_\&\textasciitilde{}" in tex
+    assert r"a|b\textless{}i\textgreater{}" in tex
+    assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
+
+
+def test_names_are_registered_once() -> None:
+    with pytest.raises(ValueError, match="registered twice"):
+        table("tasks")(TABLES["tasks"])
+    with pytest.raises(ValueError, match="registered twice"):
+        figure("stages")(FIGURES["stages"])
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def test_an_algorithm_has_one_colour_and_variants_differ() -> None:
+    variants = [f"mega@v{i}" for i in range(10)]
+    alone, among = looks(["mega", "other"]), looks(["mega", "d2r", "other", *variants])
+    assert alone["mega"] == among["mega"]
+    assert alone["other"] == among["other"]
+    shown = [(look.colour, str(look.dash)) for look in among.values()]
+    assert len(set(shown)) == len(shown)
+
+
+def test_figures_state_what_they_show(results: Results) -> None:
+    (section,) = sections(results)
+    drawing = FIGURES["genotypes"](section)
+    assert re.search(r"seed 0: 0\.\d\d by task, -?0\.\d\d by stage alone", drawing.caption)
+    assert "5 of 5 runs shown" in drawing.caption
+    difference = FIGURES["modules_difference"](section)
+    means = FIGURES["modules_used"](section).data.groupby(["label", "task"])["modules"].mean()
+    expected = (means["mega"] - means["d2r"]).mean()
+    assert f"over tasks, {expected:+.2f} (MEGA Sec. 5.3 prints -5.2" in difference.caption
+    assert difference.data["difference"].is_monotonic_increasing
+    assert "1 failed, 1 running" in FIGURES["learning_curves"](section).caption
+
+
+@pytest.mark.parametrize("name", ["learning_curves", "stages", "genotypes"])
+def test_equal_frames_give_equal_bytes(name: str, results: Results) -> None:
+    first, again = (FIGURES[name](sections(results)[0]) for _ in range(2))
+    assert first.svg() == again.svg()
+    assert first.png() == again.png()
+    assert b"<dc:date>" not in first.svg()
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_a_figure_without_data_says_why(name: str) -> None:
+    pending = make_results(seeds=1, states=dict.fromkeys([("mega", 0), ("d2r", 0)], "pending"))
+    bare = replace(pending, metrics=pd.DataFrame(), probes={}, traces={})
+    with pytest.raises(MissingError, match=r"\w+"):
+        FIGURES[name](sections(bare)[0])
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+def test_page_holds_everything_and_needs_no_network(page: Path) -> None:
+    text = page.read_text()
+    assert page.name == "index.html"
+    assert "could not be made because of an error" not in text.lower()
+    assert text.count("<img ") == len(FIGURES)
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", text)
+    assert "http" not in re.sub(r"data:[^\"]+", "", text)
+    assert "Reduced scale" in text
+    assert "SMOKE" not in text
+    assert "FloatingPointError: critic loss is NaN in task push-v3" in text
+    assert "mt_sac / seed 3" in text
+    assert len(text) < 8_000_000
+    for name in TABLES:
+        assert list((page.parent / "tables").glob(f"*-{name}.tex")), name
+    for name in FIGURES:
+        for kind in ("png", "svg", "csv"):
+            assert list((page.parent / "figures").glob(f"*-{name}.{kind}")), (name, kind)
+
+
+def test_links_inside_the_page_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    anchors = re.findall(r"href=\"#([^\"]+)\"", text)
+    ids = re.findall(r" id=\"([^\"]+)\"", text)
+    assert len(set(ids)) == len(ids)
+    assert set(anchors) <= set(ids)
+
+
+def test_embedded_numbers_are_the_files(page: Path) -> None:
+    match = re.search(r"download=\"(\S+-success_rates\.csv)\" href=\"([^\"]+)\"", page.read_text())
+    assert match is not None
+    inside = base64.b64decode(match[2].split(",", 1)[1])
+    assert inside == (page.parent / "tables" / match[1]).read_bytes()
+
+
+def test_names_are_shown_literally(tmp_path: Path) -> None:
+    nasty = "<script>alert('x')</script>$a_{1}$"
+    odd = make_results((nasty, "mega"), seeds=1, suite="../s<b>", tasks=(nasty, "&amp;"))
+    odd.runs.loc[0, ["state", "error"]] = ["failed", "Error: <img src=x onerror=alert(1)>"]
+    text = build(odd, tmp_path).read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    assert "<img src=x" not in text
+    assert "&amp;amp;" in text
+    assert "because of an error" not in text
+    assert all(p.resolve().is_relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    assert not list(tmp_path.parent.glob("s-*"))
+
+
+def _none() -> Results:
+    return Results()
+
+
+def _failed() -> Results:
+    return make_results(
+        seeds=2, states={(a, s): "failed" for a in ("mega", "d2r", "mt_sac") for s in (0, 1)}
+    )
+
+
+def _pending() -> Results:
+    states = {(a, s): "pending" for a in ("mega", "d2r", "mt_sac") for s in (0, 1)}
+    return replace(make_results(seeds=2, states=states), metrics=pd.DataFrame())
+
+
+def _one_seed() -> Results:
+    return make_results(seeds=1)
+
+
+def _one_task() -> Results:
+    return make_results(seeds=2, suite="mt1_rand:reach-v3", tasks=("reach-v3",))
+
+
+def _no_mega() -> Results:
+    return make_results(("d2r", "unheard_of@x"), seeds=2)
+
+
+def _no_eval() -> Results:
+    made = make_results(seeds=2)
+    return replace(made, metrics=made.metrics[made.metrics["kind"] == "final"])
+
+
+def _bare_columns() -> Results:
+    made = make_results(seeds=1)
+    names = ["run", "suite", "algorithm", "seed", "state"]
+    return Results(runs=made.runs[names], metrics=made.metrics.drop(columns="seed"))
+
+
+def _broken_probe() -> Results:
+    made = make_results(seeds=1)
+    probes = {run: [(0, {"stage": np.zeros((3, 2))})] for run in made.probes}
+    return replace(made, probes=probes)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_none, "There are no runs to report on yet."),
+        (_failed, "6 of 6 runs missing (6 failed)"),
+        (_pending, "6 of 6 runs missing (6 pending)"),
+        (_one_seed, "not judged (fewer than 3 seeds)"),
+        (_one_task, "mt1_rand:reach-v3"),
+        (_no_mega, "only MEGA has them"),
+        (_no_eval, "no run has been evaluated for success"),
+        (_bare_columns, "not the papers"),
+        (_broken_probe, "has not one value per task"),
+    ],
+)
+def test_anything_gives_a_page(make: Callable[[], Results], words: str, tmp_path: Path) -> None:
+    made = make()
+    text = build(made, tmp_path, formats=("md",)).read_text()
+    assert words in text.replace("&#39;", "'")
+    assert "because of an error" not in text
+    console = Console(width=160, record=True, quiet=True)
+    console.print(summary(made))
+
+
+def test_an_error_in_the_data_costs_one_figure(tmp_path: Path) -> None:
+    made = make_results(seeds=1)
+    for snapshots in made.probes.values():
+        for _, arrays in snapshots:
+            arrays["weight_intervals"] = np.zeros(3)
+    text = build(made, tmp_path, formats=()).read_text()
+    assert "because of an error in the data" in text
+    assert "figure weight_intervals" in text
+    assert text.count("<img ") == len(FIGURES) - 1
+
+
+def test_smoke_has_its_banner_everywhere(tmp_path: Path) -> None:
+    made = make_results(("mega", "d2r"), seeds=2, preset="smoke", steps_per_task=2000)
+    text = build(made, tmp_path, formats=()).read_text()
+    assert "SMOKE — shows that things work, not results" in text
+    console = Console(width=160, record=True)
+    with console.capture() as capture:
+        console.print(summary(made))
+    assert "SMOKE" in capture.get()
+    assert "preset smoke, 2,000 environment steps per task" in capture.get()
+
+
+def test_paper_scale_has_no_banner_unless_cut_short(tmp_path: Path) -> None:
+    for steps, words in ((1_500_000, False), (15_000, True)):
+        made = make_results(("mt_sac",), seeds=1, preset="paper", steps_per_task=steps)
+        assert ("Reduced scale" in build(made, tmp_path, formats=()).read_text()) is words
+
+
+def test_a_new_report_takes_its_predecessors_files_away(tmp_path: Path) -> None:
+    first = make_results(("mega", "mt_sac"), seeds=1)
+    build(first, tmp_path, formats=("svg", "md"))
+    (tmp_path / "figures" / "mine.svg").write_text("kept")
+    assert list(tmp_path.glob("figures/*-stages.svg"))
+    build(make_results(("mt_sac",), seeds=1), tmp_path, formats=("svg", "md"))
+    assert not list(tmp_path.glob("figures/*-stages.svg"))
+    assert (tmp_path / "figures" / "mine.svg").exists()
+    listed = json.loads((tmp_path / "report.json").read_text())["files"]
+    assert "index.html" in listed
+    assert all((tmp_path / name).exists() for name in listed)
+    # A manifest that points elsewhere takes nothing away.
+    outside = tmp_path.parent / "precious.csv"
+    outside.write_text("1")
+    (tmp_path / "report.json").write_text('{"files": ["tables/../../precious.csv", 3]}')
+    build(Results(), tmp_path)
+    assert outside.exists()
+
+
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown format 'pdf'; there are csv"):
+        build(Results(), tmp_path, formats=("pdf",))
