@@ -29,7 +29,7 @@ class Plan(NamedTuple):
         return self.steps_per_task // self.horizon
 
 
-class Config(BaseModel):
+class AgentConfig(BaseModel):
     """Base of every algorithm's settings: immutable, validated, each field documented in place.
 
     The string below a field is its documentation and names its source (paper, section, equation);
@@ -66,7 +66,7 @@ class Action(NamedTuple):
 class Agent(ABC):
     """One multi-task learner. Subclasses are the algorithms; the harness knows only this."""
 
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[type[AgentConfig]]
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Ablations as differences from Config (or of protocol fields). ``fixed{start_stage}`` takes
     the integer in the variant's name as that field's value."""
@@ -81,7 +81,7 @@ class Agent(ABC):
     """Wall-clock seconds, since construction, of parts that deserve a row in the timings."""
 
     def __init__(
-        self, suite: SuiteSpec, config: Config, plan: Plan, *, seed: int, device: str = "cpu"
+        self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
     ) -> None:
         """``seed`` is the run's; take streams from it with `suites.base.stream`."""
         self.suite, self.config, self.plan = suite, config, plan

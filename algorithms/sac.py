@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.agent import Action, Agent, Batch, Config, Plan
+from algorithms.agent import Action, Agent, AgentConfig, Batch, Plan
 from algorithms.nn import Init, initialise, split_gaussian, squash
 from suites.base import SuiteSpec, stream
 
@@ -36,7 +36,7 @@ at s, for the critics' loss at (s, a), for the target at s'. Routed networks cho
 Extras = dict[str, Tensor]
 
 
-class SACConfig(Config):
+class SACConfig(AgentConfig):
     """What all algorithms share. Values are the paper recipe's; presets state their differences."""
 
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99
@@ -82,7 +82,7 @@ class SAC(Agent):
     config: SACConfig
 
     def __init__(
-        self, suite: SuiteSpec, config: Config, plan: Plan, *, seed: int, device: str = "cpu"
+        self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
     ) -> None:
         super().__init__(suite, config, plan, seed=seed, device=device)
         tasks = suite.num_tasks

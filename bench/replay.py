@@ -105,6 +105,8 @@ class ReplayBuffer:
 
     def sample(self, rows: int) -> Batch:
         """``rows`` transitions of each task, drawn uniformly with replacement."""
+        if not self._added:
+            raise ValueError("the replay buffer is empty")
         age = self._rng.integers(1, len(self) + 1, size=(self.tasks, rows))
         position = (self._added - age) % self._physical
         index = torch.from_numpy(position * self.tasks + np.arange(self.tasks)[:, None])

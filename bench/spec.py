@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import algorithms
 import suites
-from algorithms.agent import Agent, Config, Plan
+from algorithms.agent import Agent, AgentConfig, Plan
 from suites.base import Suite
 
 SCHEMA = 1
@@ -171,6 +171,11 @@ class RunSpec(BaseModel):
         changes = ",".join(f"{key}={value}" for key, value in sorted(self.changed.items()))
         return f"{self.label}[{changes}]"
 
+    def with_seed(self, seed: int) -> RunSpec:
+        """The same run under another seed."""
+        id_ = _id(self.suite, self.algorithm, seed, self.protocol, self.agent_config)
+        return self.model_copy(update={"seed": seed, "id": id_})
+
     def conflict(self, other: RunSpec) -> str:
         """The first value in which two specifications of one id differ, in words; or ``""``."""
         pairs = [
@@ -187,11 +192,11 @@ class RunSpec(BaseModel):
 
     @property
     def agent(self) -> type[Agent]:
-        """The algorithm's class."""
-        return algorithms.load(self.algorithm)
+        """The algorithm's class. Raises SpecError if it is not installed here."""
+        return _agent(self.algorithm)
 
     @property
-    def agent_config(self) -> Config:
+    def agent_config(self) -> AgentConfig:
         """The algorithm's configuration object."""
         return self.agent.Config(**self.config)
 
@@ -219,10 +224,7 @@ class RunSpec(BaseModel):
         """
         chosen = preset(preset_name)
         name, _, variant = algorithm.partition("@")
-        try:
-            agent = algorithms.load(name)
-        except ValueError as error:
-            raise SpecError(str(error)) from None
+        agent = _agent(name)
         mine = _for_algorithm(overrides or {}, name, agent)
         differences = variant_values(agent, name, variant)
 
@@ -245,16 +247,8 @@ class RunSpec(BaseModel):
             raise SpecError(f"{name}: {error}") from None
 
         label, changed = _label(agent, name, variant, config, layers, shape, protocol, mine)
-        identity = {
-            "suite": suite,
-            "algorithm": name,
-            "seed": seed,
-            "protocol": protocol.model_dump(mode="json", exclude_defaults=True),
-            "config": config.model_dump(mode="json", exclude_defaults=True),
-        }
-        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return cls(
-            id=hashlib.sha256(text.encode()).hexdigest()[:10],
+            id=_id(suite, name, seed, protocol, config),
             suite=suite,
             algorithm=name,
             label=label,
@@ -340,9 +334,26 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     return f"unknown {what} {value!r}; known: {', '.join(choices)}{hint}"
 
 
-def _for_algorithm(
-    overrides: Mapping[str, Any], name: str, agent: type[Agent]
-) -> dict[str, Any]:
+def _agent(name: str) -> type[Agent]:
+    try:
+        return algorithms.load(name)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+
+
+def _id(suite: str, algorithm: str, seed: int, protocol: Protocol, config: AgentConfig) -> str:
+    identity = {
+        "suite": suite,
+        "algorithm": algorithm,
+        "seed": seed,
+        "protocol": protocol.model_dump(mode="json", exclude_defaults=True),
+        "config": config.model_dump(mode="json", exclude_defaults=True),
+    }
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _for_algorithm(overrides: Mapping[str, Any], name: str, agent: type[Agent]) -> dict[str, Any]:
     """The overrides that concern algorithm ``name``; raises SpecError on a field it lacks."""
     fields = [*Protocol.model_fields, *agent.Config.model_fields]
     mine: dict[str, Any] = {}
@@ -385,7 +396,7 @@ def _label(
     agent: type[Agent],
     name: str,
     variant: str,
-    config: Config,
+    config: AgentConfig,
     layers: Mapping[str, Mapping[str, Any]],
     shape: Suite,
     protocol: Protocol,
@@ -400,7 +411,9 @@ def _label(
     below = next(iter(layers.values()))
     candidates = ["", *([variant] if variant else [])]
     for pattern in agent.VARIANTS:
-        values = {field: getattr(config, field, None) for field in re.findall(r"\{(\w+)\}", pattern)}
+        values = {
+            field: getattr(config, field, None) for field in re.findall(r"\{(\w+)\}", pattern)
+        }
         candidates.append(pattern.format(**values) if values else pattern)
     for candidate in candidates:
         try:

@@ -1,0 +1,757 @@
+"""The command line. Heavy imports live inside the commands, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import json as json_module
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from bench.speed import Cost
+    from bench.sweep import Job, Request
+
+app = typer.Typer(
+    name="bench",
+    help="Compare MEGA with other multi-task RL algorithms on Meta-World.\n\n"
+    "Start with: bench run --algos mega,d2r --suite mt10_rand --seeds 2 --preset smoke",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SCHEMA = 1
+"""Version of the --json outputs."""
+
+Out = Annotated[Path, typer.Option("--out", help="Directory of the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Suites = Annotated[
+    str, typer.Option("--suite", help="Suites, comma-separated (bench list suites).")
+]
+Preset = Annotated[str, typer.Option("--preset", help="Scale and recipe (bench list presets).")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE",
+        help="A field of the protocol or of the algorithms' configuration; mega.start_stage=4 "
+        "for one algorithm. Repeatable.",
+    ),
+]  # fmt: skip
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<index>.")]
+Workers = Annotated[
+    str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each run.")]
+Launcher = Annotated[str, typer.Option("--launcher", help="Where runs are trained: local.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps per task.")]
+Seeds = Annotated[
+    str | None, typer.Option("--seeds", help="5 means seeds 0 to 4; 0-9, 3,7 and 3-3 name them.")
+]
+OtherNumerics = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-numerics",
+        help="Resume runs that began under other threads, device, torch or simulator versions.",
+    ),
+]
+
+DEFAULT_OUT = Path("results/runs")
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be; the message says why. Exit code 2."""
+
+
+class WorkError(Exception):
+    """What the user asked for was tried and failed. Exit code 1."""
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+@app.command()
+def run(
+    algos: Annotated[
+        str | None,
+        typer.Option("--algos", help="Algorithms and variants, such as mega,d2r,mega@softmax."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Suites, comma-separated (bench list suites).")
+    ] = None,
+    seeds: Seeds = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Scale and recipe (bench list presets); default: cpu."),
+    ] = None,
+    steps: Steps = None,
+    set_: Set = None,
+    grid: Annotated[Path | None, typer.Option("--grid", help="A TOML file of what to run.")] = None,
+    out: Out = DEFAULT_OUT,
+    workers: Workers = "auto",
+    threads: Threads = 1,
+    device: Device = "auto",
+    launcher: Launcher = "local",
+    allow_other_numerics: OtherNumerics = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train algorithms x suites x seeds. The same command again continues where it stopped.
+
+    Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
+    """
+    from bench.spec import parse_overrides, parse_seeds
+    from bench.sweep import Request, names, read_grid
+
+    overrides = parse_overrides(set_ or [])
+    if steps is not None:
+        if "steps_per_task" in overrides:
+            raise UsageError("--steps and --set steps_per_task are the same; give one")
+        overrides["steps_per_task"] = steps
+    if grid is not None:
+        requests = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
+        requests = [_with_overrides(request, overrides) for request in requests]
+    else:
+        if algos is None or suite is None:
+            raise UsageError(
+                "say what to run: --algos mega,d2r --suite mt10_rand --seeds 5, or --grid FILE.toml"
+            )
+        requests = [
+            Request(
+                algorithms=names(algos, "--algos"), suites=names(suite, "--suite"),
+                seeds=parse_seeds(seeds or "5"), preset=preset or "cpu", overrides=overrides,
+            )
+        ]  # fmt: skip
+    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+
+
+@app.command()
+def ablate(
+    ablation: Annotated[str, typer.Argument(help="bench list ablations, or all.")],
+    suite: Suites = "mt10_rand",
+    seeds: Seeds = None,
+    preset: Preset = "cpu",
+    steps: Steps = None,
+    set_: Set = None,
+    out: Out = DEFAULT_OUT,
+    workers: Workers = "auto",
+    threads: Threads = 1,
+    device: Device = "auto",
+    launcher: Launcher = "local",
+    allow_other_numerics: OtherNumerics = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a shipped ablation of the papers; runs it shares with others are trained once.
+
+    Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
+    """
+    from bench.spec import parse_overrides, parse_seeds, unknown
+    from bench.sweep import Request, ablations, names
+
+    shipped = ablations()
+    if ablation not in (*shipped, "all"):
+        raise UsageError(unknown("ablation", ablation, [*shipped, "all"]))
+    overrides = parse_overrides(set_ or []) | ({"steps_per_task": steps} if steps else {})
+    requests = [
+        Request(
+            entry["algos"], names(suite, "--suite"), parse_seeds(seeds or "5"), preset, overrides
+        )
+        for name, entry in shipped.items()
+        if ablation in (name, "all")
+    ]
+    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+
+
+def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
+    from dataclasses import replace
+
+    return replace(request, overrides=dict(request.overrides) | overrides)
+
+
+def _sweep(
+    requests: list[Request], out: Path, workers: str, threads: int, device: str, launcher: str,
+    allow_other_numerics: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Plan, train with progress, and end with what the runs brought."""
+    from bench import machine, references, sweep
+    from bench.progress import Progress
+    from bench.spec import unknown
+    from bench.store import StoreError
+
+    if launcher != "local":
+        raise UsageError(unknown("launcher", launcher, ["local"]))
+    at_a_time = _workers(workers, threads)
+    try:
+        device = machine.resolve_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    specs = sweep.expand(requests)
+    try:
+        if not dry_run:
+            sweep.writable(out)
+        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(
+            specs, out, device=device, threads=threads
+        )  # fmt: skip
+    except (StoreError, OSError) as error:
+        raise WorkError(str(error)) from None
+
+    console = _console()
+    costs = _costs(jobs, device, threads)
+    _print_plan(console, jobs, costs, at_a_time, out, device)
+    if dry_run:
+        return
+    if problem := sweep.check_room(out, costs, jobs, at_a_time):
+        raise WorkError(problem)
+
+    started = time.time()
+    local = sweep.LocalLauncher(
+        workers=at_a_time, device=device, threads=threads,
+        allow_other_numerics=allow_other_numerics,
+    )  # fmt: skip
+    with Progress(console, jobs) as progress:
+        local.run(jobs, progress.notice)
+    if not local.interrupted:
+        with _status(console, "evaluating the scripted experts and the random policy"):
+            references.ensure(specs, out, machine.environment(device, threads))
+    _conclude(console, jobs, out, time.time() - started, interrupted=local.interrupted)
+
+
+def _workers(text: str, threads: int) -> int:
+    import os
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if text == "auto":
+        return max(1, (cores or 1) // threads)
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--workers {text!r}: expected auto or a number of at least 1")
+    return int(text)
+
+
+def _costs(jobs: list[Job], device: str, threads: int) -> dict[str, Cost]:
+    """What a run of each group costs, measured once per group that has work left."""
+    from bench.speed import cost
+    from bench.sweep import group
+
+    costs: dict[str, Cost] = {}
+    for job in jobs:
+        if job.outcome in ("pending", "busy") and group(job.spec) not in costs:
+            with _status(_console(), f"measuring {job.spec.title} on {job.spec.suite}"):
+                costs[group(job.spec)] = cost(job.spec, device, threads)
+    return costs
+
+
+def _print_plan(
+    console: Any, jobs: list[Job], costs: dict[str, Cost], workers: int, out: Path, device: str
+) -> None:
+    from bench.spec import preset
+    from bench.sweep import group
+
+    presets = {job.spec.preset for job in jobs}
+    for name in sorted(presets):
+        chosen = preset(name)
+        if chosen.full_scale:
+            console.print(f"Full scale (preset {name}): {chosen.description}")
+        else:
+            hours = _paper_hours(jobs, name, device)
+            console.print(
+                f"Reduced scale (preset {name}): {chosen.description}\n"
+                f"The papers' scale is --preset paper: {hours}."
+            )
+    todo = [job for job in jobs if job.outcome == "pending"]
+    already = sum(job.outcome == "skipped" for job in jobs)
+    busy = sum(job.outcome == "busy" for job in jobs)
+    resumed = sum(job.store.status().get("step", 0) > 0 for job in todo)
+    console.print(
+        f"{len(jobs)} runs in {out}: {already} done, {len(todo)} to train"
+        + (f" ({resumed} of them continued)" if resumed else "")
+        + (f", {busy} in training elsewhere" if busy else "")
+    )
+    seconds = {group(job.spec): costs[group(job.spec)].seconds for job in todo}
+    for name, cost in seconds.items():
+        count = sum(group(job.spec) == name for job in todo)
+        console.print(f"  {name}: {count} x {duration(cost)}")
+    if todo:
+        total = sum(_remaining(job, seconds[group(job.spec)]) for job in todo)
+        longest = max(_remaining(job, seconds[group(job.spec)]) for job in todo)
+        working = sorted((costs[group(job.spec)].working_bytes for job in todo), reverse=True)
+        console.print(
+            f"Estimated {duration(max(total / workers, longest))} with {workers} at a time, "
+            f"{sum(working[:workers]) / 1e9:.1f} GB of disk while training"
+        )
+
+
+def _remaining(job: Job, seconds: float) -> float:
+    step = float(job.store.status().get("step", 0))
+    return seconds * (1 - step / job.spec.protocol.steps_per_task)
+
+
+def _paper_hours(jobs: list[Job], preset_name: str, device: str) -> str:
+    """Hours of one run at the papers' scale, measured with a single update, per algorithm."""
+    from bench.spec import RunSpec, SpecError
+    from bench.speed import cost
+
+    hours = []
+    for name, suite in dict.fromkeys(
+        (job.spec.algorithm, job.spec.suite) for job in jobs if job.spec.preset == preset_name
+    ):
+        if suite.startswith("toy"):
+            continue
+        try:
+            spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
+        except SpecError:
+            continue
+        hours.append(f"{name} {cost(spec, device, 1, budget=0.3).seconds / 3600:,.0f} h")
+    return (", ".join(hours) or "longer") + " a run on this machine"
+
+
+def _conclude(
+    console: Any, jobs: list[Job], out: Path, seconds: float, *, interrupted: bool
+) -> None:
+    """Say how it ended; exit 130 if interrupted, 1 if a run failed."""
+    failed = [job for job in jobs if job.outcome == "failed"]
+    done = sum(job.outcome in ("done", "skipped") for job in jobs)
+    console.print(f"{done} of {len(jobs)} runs done after {duration(seconds)}; results in {out}")
+    for job in jobs:
+        if job.outcome == "busy":
+            console.print(f"in training by another process: {job.spec.directory}")
+    for job in failed:
+        print(f"failed: {job.spec.directory}: {job.error}", file=sys.stderr)
+        print(f"        traceback and output: {job.store.path / 'log.txt'}", file=sys.stderr)
+    if interrupted:
+        console.print("Interrupted; the same command continues.")
+        raise typer.Exit(130)
+    if failed:
+        raise typer.Exit(1)
+    console.print(f"Next: bench report --out {out}")
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+@app.command()
+def report(
+    out: Out = DEFAULT_OUT,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Where to write it; default: OUT/report.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No summary on screen.")] = False,
+) -> None:
+    """Write tables, figures and one self-contained index.html from the runs so far.
+
+    Example: bench report --out results/runs
+    """
+    import reports
+    from bench import frames
+
+    if not out.is_dir():
+        raise WorkError(f"--out {out}: no such directory; train something first (bench run --help)")
+    results = reports.Results(**frames.load(out))
+    try:
+        page = reports.build(results, to or out / "report")
+    except OSError as error:
+        raise WorkError(f"cannot write the report: {error}") from None
+    if not quiet:
+        _console().print(reports.summary(results))
+    print(page)
+
+
+@app.command()
+def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
+    """One row per run: state, step, success, speed, time left, age of the last heartbeat, error.
+
+    Example: bench status --out results/runs
+    """
+    from bench.frames import run_row
+    from bench.store import StoreError, find
+
+    rows: list[dict[str, Any]] = []
+    for store in find(out):
+        name = str(store.path.relative_to(out))
+        try:
+            row = run_row(store, name)
+        except StoreError as error:
+            rows.append({"run": name, "state": "unreadable", "error": str(error)})
+            continue
+        rate, left = row["steps_per_second"], row["steps_per_task"] - row["step"]
+        running = row["state"] == "running"
+        rows.append(
+            {key: row[key] for key in ("run", "state", "step", "steps_per_task", "success")}
+            | {
+                "steps_per_second": rate,
+                "eta_seconds": left / rate if running and rate else None,
+                "heartbeat_age_seconds": time.time() - row["heartbeat"] if running else None,
+                "error": row["error"],
+            }
+        )
+    if json:
+        _print_json("status", rows)
+        return
+    if not rows:
+        print(f"no runs below {out}")
+        return
+    _print_table(
+        ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"],
+        [
+            [
+                row["run"], row["state"],
+                f"{row.get('step', 0):,}/{row.get('steps_per_task', 0):,}",
+                "" if row.get("success") is None else f"{row['success']:.2f}",
+                "" if not row.get("steps_per_second") else f"{row['steps_per_second']:.0f}",
+                "" if row.get("eta_seconds") is None else duration(row["eta_seconds"]),
+                "" if row.get("heartbeat_age_seconds") is None
+                else f"{row['heartbeat_age_seconds']:.0f} s ago",
+                row["error"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@app.command("eval")
+def eval_(
+    run: Annotated[str, typer.Argument(help="A run's directory, or a part of its path below OUT.")],
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Episodes per task.")] = 100,
+    policy: Annotated[
+        str, typer.Option("--policy", help="agent (the run's newest checkpoint), expert or random.")
+    ] = "agent",
+    out: Out = DEFAULT_OUT,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Evaluate a run's newest checkpoint, or a reference policy on the same episodes.
+
+    Example: bench eval mt10_rand/mega/0 --episodes 100
+    """
+    from bench import machine, references
+    from bench.evaluate import Policy, episodes_needed, evaluate
+    from bench.spec import unknown
+    from bench.store import StoreError, open_run
+
+    known = ["agent", *references.POLICIES]
+    if policy not in known:
+        raise UsageError(unknown("policy", policy, known))
+    store = open_run(out, run)
+    try:
+        spec = store.spec()
+        suite = spec.make_suite()
+        if policy == "agent":
+            checkpoint = store.load_checkpoint()
+            if checkpoint is None:
+                raise WorkError(f"{store.path} has no checkpoint to evaluate")
+            agent = spec.agent(
+                suite.spec, spec.agent_config, spec.protocol.plan, seed=spec.seed,
+                device=machine.resolve_device(device),
+            )  # fmt: skip
+            agent.load_state_dict(checkpoint[1]["agent"])
+            step = checkpoint[0]
+            count = episodes_needed(suite, episodes)
+            act: Policy = lambda obs: agent.act(obs, explore=False).action  # noqa: E731
+        else:
+            step, act = 0, references.policy(policy, suite, spec)
+            count = episodes if policy == "random" else episodes_needed(suite, episodes)
+    except StoreError as error:
+        raise WorkError(str(error)) from None
+    outcome = evaluate(
+        act, suite.make(seed=spec.seed, autoreset=False), count, spec.protocol.eval_seed
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "task": task, "successes": int(outcome.success[i].sum()), "episodes": count,
+            "return": float(outcome.return_[i].mean()), "step": step,
+        }
+        for i, task in enumerate(suite.spec.task_names)
+    ]  # fmt: skip
+    if json:
+        _print_json("eval", rows)
+        return
+    if count < episodes:
+        print(f"goals are frozen: all {episodes} episodes of this policy are alike, 1 was run")
+    _print_table(
+        ["task", "success", "return"],
+        [[r["task"], f"{r['successes']}/{r['episodes']}", f"{r['return']:.1f}"] for r in rows],
+    )
+    print(f"mean success {outcome.success.mean():.3f} at step {step:,} per task")
+
+
+# ------------------------------------------------------------------------------------- looking
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="algos, variants, suites, presets or ablations.")],
+    json: Json = False,
+) -> None:
+    """What there is, one line each with its source.
+
+    Example: bench list variants
+    """
+    import algorithms
+    import suites
+    from bench.spec import preset, preset_names, unknown
+    from bench.sweep import ablations
+
+    rows: list[dict[str, Any]]
+    if what == "algos":
+        rows = [{"name": n, "paper": algorithms.load(n).PAPER} for n in algorithms.names()]
+    elif what == "variants":
+        rows = [
+            {"name": f"{n}@{v}", "changes": ", ".join(f"{k}={x}" for k, x in values.items())}
+            for n in algorithms.names()
+            for v, values in algorithms.load(n).VARIANTS.items()
+        ]
+    elif what == "suites":
+        rows = [{"name": n} for n in suites.names()]
+    elif what == "presets":
+        rows = [{"name": n, "description": preset(n).description} for n in preset_names()]
+    elif what == "ablations":
+        rows = [
+            {"name": n, "description": e["description"], "paper": e["paper"],
+             "algos": ",".join(e["algos"])}
+            for n, e in ablations().items()
+        ]  # fmt: skip
+    else:
+        raise UsageError(
+            unknown("listing", what, ["algos", "variants", "suites", "presets", "ablations"])
+        )
+    if json:
+        _print_json(what, rows)
+    else:
+        _print_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
+
+
+@app.command()
+def show(
+    algorithm: Annotated[str, typer.Argument(help="Such as mega@softmax.")],
+    suite: Annotated[str, typer.Option("--suite", help="The suite.")] = "mt10_rand",
+    preset: Preset = "cpu",
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """The resolved configuration: each field's value, where it comes from and what it means.
+
+    Example: bench show mega@softmax --suite mt10_rand --preset paper
+    """
+    from bench.spec import Protocol, RunSpec, parse_overrides
+
+    spec = RunSpec.resolve(
+        algorithm, suite, 0, preset_name=preset, overrides=parse_overrides(set_ or [])
+    )
+    rows = []
+    for group, model, values in (
+        ("protocol", Protocol, spec.protocol.model_dump(mode="json")),
+        (spec.algorithm, spec.agent.Config, spec.config),
+    ):
+        for name, info in model.model_fields.items():
+            source = spec.sources.get(name) or (
+                "paper" if values[name] == info.default else "paper, for this suite and length"
+            )
+            meaning = " ".join((info.description or "").split())
+            rows.append(
+                {"group": group, "field": name, "value": values[name], "from": source,
+                 "meaning": meaning}
+            )  # fmt: skip
+    if json:
+        _print_json("show", rows)
+        return
+    print(f"{spec.label} on {spec.suite}, preset {spec.preset}, id of seed 0: {spec.id}")
+    _print_table(
+        ["group", "field", "value", "from", "meaning"],
+        [[r["group"], r["field"], str(r["value"]), r["from"], r["meaning"]] for r in rows],
+    )
+
+
+@app.command()
+def params(
+    suite: Suites = "mt10_rand",
+    algos: Annotated[str | None, typer.Option("--algos", help="Default: all algorithms.")] = None,
+    preset: Preset = "paper",
+    json: Json = False,
+) -> None:
+    """Parameters of each algorithm (actor, one critic, sum) beside the published figures.
+
+    Example: bench params --suite mt10_rand,mt50_rand
+    """
+    import algorithms
+    import reports
+    from bench.spec import RunSpec
+    from bench.sweep import names
+
+    published = reports.published("parameters").set_index("algorithm")
+    rows: list[dict[str, Any]] = []
+    for suite_name in names(suite, "--suite"):
+        for label in names(algos, "--algos") if algos else algorithms.names():
+            spec = RunSpec.resolve(label, suite_name, 0, preset_name=preset)
+            tasks = spec.make_suite().spec
+            counts = spec.agent(
+                tasks, spec.agent_config, spec.protocol.plan, seed=0
+            ).parameter_counts()
+            column = {10: "mt10_millions", 50: "mt50_millions"}.get(tasks.num_tasks)
+            printed = None
+            if column and label in published.index:
+                printed = float(published[column].loc[label])
+            rows.append(
+                {"algorithm": label, "suite": suite_name, **counts,
+                 "sum": sum(counts.values()), "published_millions": printed}
+            )  # fmt: skip
+    if json:
+        _print_json("params", rows)
+        return
+    _print_table(
+        ["algorithm", "suite", "actor", "critic", "sum", "published"],
+        [
+            [r["algorithm"], r["suite"], f"{r['actor']:,}", f"{r['critic']:,}", f"{r['sum']:,}",
+             "" if r["published_millions"] is None else f"{r['published_millions']:.2f} M"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+@app.command()
+def speed(
+    suite: Annotated[str, typer.Option("--suite", help="The suite.")] = "mt10_rand",
+    algos: Annotated[str | None, typer.Option("--algos", help="Default: all algorithms.")] = None,
+    preset: Preset = "paper",
+    threads: Threads = 1,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Milliseconds per update and per action, and simulator steps/s, on this machine.
+
+    Example: bench speed --suite mt10_rand --algos mega,d2r,mt_sac --preset cpu
+    """
+    import algorithms
+    from bench import machine
+    from bench.speed import speed_rows
+    from bench.sweep import names
+
+    try:
+        chosen = machine.resolve_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    labels = names(algos, "--algos") if algos else algorithms.names()
+    rows = speed_rows(labels, suite, preset, chosen, threads)
+    if json:
+        _print_json("speed", rows)
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    _print_table(columns, [[_short(row.get(c)) for c in columns] for row in rows])
+
+
+@app.command()
+def doctor(
+    run: Annotated[
+        str | None, typer.Argument(help="A run to check; default: this machine.")
+    ] = None,
+    out: Out = DEFAULT_OUT,
+    json: Json = False,
+) -> None:
+    """Check this machine, or the integrity of a run, and say what to do about each problem.
+
+    Example: bench doctor
+    """
+    from bench import doctor as checks
+    from bench.store import open_run
+
+    rows = checks.machine_checks(out) if run is None else checks.run_checks(open_run(out, run))
+    if json:
+        _print_json("doctor", rows)
+    else:
+        _print_table(
+            ["check", "result", "value", "what to do"],
+            [[r["check"], r["result"], r["value"], r["advice"]] for r in rows],
+        )
+    if any(row["result"] == "bad" for row in rows):
+        raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------- printing
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``9 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 72 else f"{hours / 24:.0f} days"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def _status(console: Any, text: str) -> Any:
+    """A spinner on a terminal, nothing elsewhere."""
+    from contextlib import nullcontext
+
+    return console.status(text) if console.is_terminal else nullcontext()
+
+
+def _print_json(kind: str, rows: list[dict[str, Any]]) -> None:
+    print(json_module.dumps({"schema": SCHEMA, "kind": kind, "rows": rows}, indent=1))
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table on a terminal; tab-separated elsewhere, for other programs."""
+    console = _console()
+    if not console.is_terminal:
+        for row in [header, *rows]:
+            print("\t".join(row))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table, soft_wrap=False)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def main() -> NoReturn:
+    """Run the command line: errors on stderr, 2 bad usage, 1 failed work, 130 interrupted."""
+    import os
+
+    try:
+        app(standalone_mode=True)
+    except UsageError as error:
+        _fail(error, 2)
+    except WorkError as error:
+        _fail(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except ValueError as error:
+        from bench.spec import SpecError
+
+        if not isinstance(error, SpecError):
+            raise
+        _fail(error, 2)
+    sys.exit(0)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    for line in str(error).splitlines():
+        print(f"bench: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Run directories as tidy frames: what reports are made from."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.store import RunStore, StoreError, find
+
+Frames = dict[str, Any]
+"""Keyword arguments of `reports.Results`."""
+
+
+def load(out: Path) -> Frames:
+    """All runs below ``out``; unreadable ones are skipped with a warning."""
+    runs: list[dict[str, Any]] = []
+    metrics: list[pd.DataFrame] = []
+    timing: list[pd.DataFrame] = []
+    probes: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
+    traces: dict[str, dict[str, np.ndarray]] = {}
+    tasks: dict[str, tuple[str, ...]] = {}
+    for store in find(out):
+        name = str(store.path.relative_to(out))
+        try:
+            row = run_row(store, name)
+        except StoreError as error:
+            warnings.warn(f"skipping {name}: {error}", RuntimeWarning, stacklevel=2)
+            continue
+        runs.append(row)
+        key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
+        for frames, file in ((metrics, "metrics.csv"), (timing, "timing.csv")):
+            if (frame := _read(store.path / file)) is not None:
+                frames.append(frame.assign(**key))
+        if metrics and (names := metrics[-1].loc[metrics[-1]["run"] == name, "task"].unique()).size:
+            tasks.setdefault(row["suite"], tuple(names))
+        probes[name] = []
+        for path in sorted(store.probe_path.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as arrays:
+                content = dict(arrays.items())
+            if path.stem == "trace":
+                traces[name] = content
+            elif path.stem.isdigit():
+                probes[name].append((int(path.stem), content))
+    return {
+        "runs": pd.DataFrame(runs),
+        "metrics": _concatenate(metrics),
+        "timing": _concatenate(timing),
+        "probes": probes,
+        "traces": traces,
+        "tasks": tasks,
+    }
+
+
+def run_row(store: RunStore, name: str) -> dict[str, Any]:
+    """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
+    content, spec, status = store.description(), store.spec(), state_of(store)
+    environment = content.get("environment", {})
+    parameters = status.get("parameters", {})
+    seconds = _last_total(store)
+    flat: dict[str, Any] = {
+        "run": name,
+        "id": spec.id,
+        "suite": spec.suite,
+        "algorithm": spec.title,
+        "seed": spec.seed,
+        "preset": spec.preset,
+        "state": status["state"],
+        "step": status.get("step", 0),
+        "steps_per_task": spec.protocol.steps_per_task,
+        "success": status.get("success"),
+        "parameters_actor": parameters.get("actor"),
+        "parameters_critic": parameters.get("critic"),
+        "seconds": seconds,
+        "steps_per_second": status.get("steps_per_second"),
+        "updates_per_second": status.get("steps_per_second"),
+        "heartbeat": status.get("time"),
+        "error": status.get("error", ""),
+        "git_commit": environment.get("git_commit", ""),
+    }
+    groups = {
+        "protocol": spec.protocol.model_dump(mode="json"),
+        "config": spec.config,
+        "hardware": environment.get("hardware", {}),
+        "versions": environment.get("versions", {}),
+        "numerics": environment.get("numerics", {}),
+    }
+    for group, values in groups.items():
+        flat |= {f"{group}.{key}": value for key, value in values.items()}
+    return flat
+
+
+def state_of(store: RunStore) -> dict[str, Any]:
+    """The run's status; one that says running while no process holds it was interrupted."""
+    status = store.status()
+    if status["state"] == "running" and not store.busy:
+        status["state"] = "interrupted"
+    return status
+
+
+def _last_total(store: RunStore) -> float | None:
+    timing = _read(store.path / "timing.csv")
+    if timing is None:
+        return None
+    totals = timing.loc[timing["section"] == "total", "seconds"]
+    return float(totals.iloc[-1]) if len(totals) else None
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    try:
+        frame = pd.read_csv(path)
+    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
+        return None
+    return frame if len(frame) else None
+
+
+def _concatenate(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

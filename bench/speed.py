@@ -1,0 +1,137 @@
+"""How fast this machine is at the parts of training: the real networks and simulator, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from algorithms.agent import Agent, Batch
+from bench.replay import ReplayBuffer
+from bench.spec import RunSpec
+from bench.train import replay_capacity, replay_slack
+
+
+class Parts(NamedTuple):
+    """Seconds of one act, one lockstep of the simulator and one update."""
+
+    act: float
+    step: float
+    update: float
+
+
+class Cost(NamedTuple):
+    """What one run needs."""
+
+    seconds: float
+    working_bytes: int
+    """While it trains: replay and checkpoints."""
+
+
+def cost(spec: RunSpec, device: str, threads: int, budget: float = 1.0) -> Cost:
+    """The estimated cost of ``spec`` from a measurement of a few ``budget`` seconds."""
+    torch.set_num_threads(threads)
+    p, suite = spec.protocol, spec.make_suite()
+    agent = _agent(spec, device)
+    parts = measure(spec, agent, budget)
+    lockstep = parts.act + parts.step
+    steps = p.steps_per_task / p.envs_per_task
+    updates = (p.steps_per_task - p.warmup_steps) / p.envs_per_task * p.updates_per_step
+    during = (p.steps_per_task - 1) // p.eval_every
+    episodes = during + 1 if suite.frozen_goals else during * p.eval_episodes + p.final_episodes
+    seconds = steps * lockstep + updates * parts.update + episodes * p.horizon * lockstep
+    rows = replay_capacity(spec) + replay_slack(spec)
+    replay = ReplayBuffer.bytes_needed(suite.spec, agent.extras_spec, rows)
+    counts = agent.parameter_counts()
+    # Adam keeps two moments of each trained parameter; both critics have a target.
+    checkpoint = 4 * (3 * counts["actor"] + 8 * counts["critic"])
+    return Cost(seconds, replay + 3 * checkpoint)
+
+
+def measure(spec: RunSpec, agent: Agent, budget: float) -> Parts:
+    """Median seconds of each part, measured for about ``budget`` seconds in all."""
+    p = spec.protocol
+    envs = spec.make_suite().make(seed=spec.seed, envs_per_task=p.envs_per_task)
+    obs = envs.reset()
+    for task in range(agent.suite.num_tasks):
+        for env in range(p.envs_per_task):
+            agent.on_episode_start(task, env)
+    action, extras = agent.act(obs, explore=True)
+    act = median_seconds(lambda: agent.act(obs, explore=True), budget / 4)
+    step = median_seconds(lambda: envs.step(action), budget / 4, at_most=p.horizon - 2)
+    envs.close()
+    batch = example_batch(agent, p.batch_per_task, extras)
+    return Parts(act, step, median_seconds(lambda: agent.update(batch), budget / 2))
+
+
+def example_batch(agent: Agent, rows: int, extras: dict[str, np.ndarray]) -> Batch:
+    """A batch of plausible shape and scale; ``extras`` (T, E, ...) are repeated along the rows."""
+    suite, device = agent.suite, agent.device
+    rng = np.random.default_rng(0)
+
+    def numbers(width: int) -> torch.Tensor:
+        values = rng.random((suite.num_tasks, rows, width), np.float32)
+        return torch.from_numpy(values).to(device)
+
+    zero = torch.zeros(suite.num_tasks, rows, 1, device=device)
+    return Batch(
+        obs=numbers(suite.obs_dim),
+        action=2 * numbers(suite.action_dim) - 1,
+        reward=numbers(1),
+        next_obs=numbers(suite.obs_dim),
+        terminated=zero,
+        truncated=zero,
+        mean_reward=torch.ones(suite.num_tasks, 1, 1, device=device),
+        extras={
+            name: torch.from_numpy(np.repeat(value[:, :1], rows, axis=1)).to(device)
+            for name, value in extras.items()
+        },
+    )
+
+
+def median_seconds(action: Callable[[], Any], budget: float, at_most: int = 10_000) -> float:
+    """Median duration of ``action`` over about ``budget`` seconds, after one warm-up."""
+    action()
+    times: list[float] = []
+    while not times or (sum(times) < budget and len(times) < at_most):
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def speed_rows(
+    labels: Sequence[str], suite: str, preset: str, device: str, threads: int
+) -> list[dict[str, Any]]:
+    """A row per algorithm: ms per update and per act, simulator steps/s, environment steps/s."""
+    torch.set_num_threads(threads)
+    rows = []
+    for label in labels:
+        spec = RunSpec.resolve(label, suite, 0, preset_name=preset)
+        agent = _agent(spec, device)
+        parts = measure(spec, agent, budget=6.0)
+        envs = agent.suite.num_tasks * spec.protocol.envs_per_task
+        rows.append(
+            {
+                "algorithm": label,
+                "suite": suite,
+                "batch": spec.protocol.batch_per_task * agent.suite.num_tasks,
+                "device": device,
+                "threads": threads,
+                "update_ms": 1e3 * parts.update,
+                "act_ms": 1e3 * parts.act,
+                "simulator_steps_per_second": envs / parts.step,
+                "training_steps_per_second": envs / sum(parts),
+            }
+        )
+    return rows
+
+
+def _agent(spec: RunSpec, device: str) -> Agent:
+    suite = spec.make_suite().spec
+    return spec.agent(suite, spec.agent_config, spec.protocol.plan, seed=spec.seed, device=device)
