@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ Init = Literal["authors", "torch"]
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """Clamp of the policy's log standard deviation (code of Soft Modularization and of D2R)."""
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A layer whose parameters are drawn by `initialise`."""
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the layer's own parameters, not those of layers within it."""
 
 
 class Linear(nn.Module):
@@ -48,7 +56,7 @@ class Linear(nn.Module):
         _, inputs, outputs = self.weight.shape
         fan_in = inputs + (0 if self.task_bias is None else self.task_bias.shape[1])
         columns = [self.weight] if self.task_bias is None else [self.weight, self.task_bias]
-        _draw(columns, self.bias, fan_in, outputs, self.last, scheme, generator)
+        draw(columns, self.bias, fan_in, outputs, self.last, scheme, generator)
 
 
 class TaskLinear(nn.Module):
@@ -69,7 +77,7 @@ class TaskLinear(nn.Module):
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
         """Draw the parameters; see `initialise`. The authors' layer is one of T x outputs."""
         _, tasks, inputs, outputs = self.weight.shape
-        _draw([self.weight], self.bias, inputs, tasks * outputs, self.last, scheme, generator)
+        draw([self.weight], self.bias, inputs, tasks * outputs, self.last, scheme, generator)
 
 
 class LayerNorm(nn.Module):
@@ -114,11 +122,11 @@ def initialise(network: nn.Module, scheme: Init, generator: torch.Generator) -> 
     output layers U(+-0.003) throughout. ``torch``: U(+-1/sqrt(input width)) throughout.
     """
     for layer in network.modules():
-        if isinstance(layer, Linear | TaskLinear):
+        if isinstance(layer, Drawn):
             layer.initialise(scheme, generator)
 
 
-def _draw(
+def draw(
     weights: Sequence[Tensor],
     bias: Tensor,
     fan_in: int,
@@ -127,6 +135,7 @@ def _draw(
     scheme: Init,
     generator: torch.Generator,
 ) -> None:
+    """Draw one layer's weights and bias by the law of `initialise`."""
     with torch.no_grad():
         if scheme == "authors" and not last:
             bound = 1 / math.sqrt(fan_out)

@@ -1,0 +1,464 @@
+"""The module-level routed network and ResRouting: D2R's actor and critics, MEGA's critic.
+
+He et al. 2023, "Not All Tasks Are Equally Difficult: Multi-Task Deep Reinforcement Learning with
+Dynamic Depth Routing", Sec. 3.1 and 3.2; where text and the authors' code part, the code, as
+listed under Departures in `algorithms.d2r`.
+
+Modules m_1 ... m_M stand in a row and may read any module before them; the output head, in
+(M+1)-th place, reads any of them. A *destination* (m_2 ... m_M, then the head: M of them) picks K
+of its *sources* (m_1 ... m_M), hence route arrays are (..., M, M): destination, source, lower
+triangle. With F(s) the state encoder's output and H(task) the task encoder's:
+
+    z   = G(F(s) * H(task))                              routing logits               (Eq. 4)
+    d^i = the K largest of z^i, or K drawn without replacement from softmax(z^i / tau)
+                                                         routing path          (Eq. 6, 7, 13)
+    p^i = softmax of z^i over the sources in d^i         routing weights           (Eq. 5, 8)
+    u^i = sum_j p_j^i m^j;   m^1 = y^1, m^i = y^i + u^i,   y^i = ReLU(u^i W_i + b_i)  (Eq. 11)
+    output = head(u^{M+1})
+
+ResRouting changes no value, only gradients (Eq. 10-12): a source whose softmax(z^i)_j is not above
+1/i is *unsuitable* for destination i, and what reaches it from there passes round its own y^j to
+its sources u^j. Selecting and weighting is done with the rows of the batch in the last axis, where
+reductions over the 16 sources vectorise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from algorithms.nn import Init, LayerNorm, Linear, draw
+
+Choice = Literal["sample", "top_k"]
+"""How a path is chosen: drawn at the task's route temperature, or the largest logits."""
+
+
+class Route(NamedTuple):
+    """The sources of each destination and their weights, for each copy, task and row."""
+
+    sources: Tensor  # (C, T, B, M, K) int64, zero-based; 0 where a destination has fewer than K
+    weights: Tensor  # (C, T, B, M, K), exactly 0 where a destination has fewer than K sources
+
+    def matrix(self) -> Tensor:
+        """The weights as (C, T, B, M, M): destination, source; zero where not in the path."""
+        dense = self.weights.new_zeros(*self.weights.shape[:-1], self.weights.shape[-2])
+        return dense.scatter_add_(-1, self.sources, self.weights)
+
+    def path(self) -> Tensor:
+        """The path d as booleans (C, T, B, M, M): destination, source."""
+        modules = self.sources.shape[-2]
+        dense = torch.zeros(
+            *self.sources.shape[:-1], modules, dtype=torch.bool, device=self.sources.device
+        )
+        # A destination without K sources repeats source 0, which it then has anyway.
+        return dense.scatter_(-1, self.sources, True)
+
+
+def modules_used(edges: Tensor) -> Tensor:
+    """How many modules (...) the head reaches, walking back along ``edges`` (..., M, M) bool.
+
+    D2R Sec. 5.3: the modules that a state's path actually uses; the others are skipped.
+    """
+    modules = edges.shape[-1]
+    reached = edges[..., modules - 1, :].clone()  # the head's sources
+    for module in range(modules - 1, 0, -1):  # m_{module+1} is destination module-1
+        reached |= reached[..., module, None] & edges[..., module - 1, :]
+    return reached.sum(-1)
+
+
+def path_bytes(modules: int) -> int:
+    """Bytes that `pack_path` needs: one bit for each of the M(M+1)/2 possible connections."""
+    return -(-modules * (modules + 1) // 16)
+
+
+def pack_path(path: Tensor) -> Tensor:
+    """Paths (..., M, M) bool as bits (..., path_bytes(M)) uint8, for the replay."""
+    modules = path.shape[-1]
+    row, column = torch.tril_indices(modules, modules, device=path.device)
+    bits = path[..., row, column].to(torch.uint8)
+    bits = nn.functional.pad(bits, (0, 8 * path_bytes(modules) - bits.shape[-1]))
+    places = 2 ** torch.arange(8, dtype=torch.uint8, device=path.device)
+    return (bits.view(*bits.shape[:-1], -1, 8) * places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_path(packed: Tensor, modules: int) -> Tensor:
+    """Inverse of `pack_path`."""
+    places = 2 ** torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[..., None] & places).flatten(-2) != 0
+    row, column = torch.tril_indices(modules, modules, device=packed.device)
+    path = bits.new_zeros(*bits.shape[:-1], modules * modules)
+    path[..., row * modules + column] = bits[..., : len(row)]
+    return path.view(*path.shape[:-1], modules, modules)
+
+
+def route_temperature(log_alpha: Tensor, scale_by_tasks: bool = True) -> Tensor:
+    """tau = (1 / alpha) / sum over tasks (1 / alpha), times T if asked for, shape (T,) (Eq. 14).
+
+    Times the number of tasks (the authors' code) its mean over tasks is 1.
+    """
+    share = torch.softmax(-log_alpha.detach().flatten(), 0)
+    return share * len(share) if scale_by_tasks else share
+
+
+class RoutedNetwork(nn.Module):
+    """Encoders, router, M modules and output head, in C independent copies (D2R Fig. 3).
+
+    With ``layer_norm`` every linear layer in front of a ReLU is followed by a LayerNorm, except
+    in the router: both layers of the state encoder (the second also feeds the router) and each
+    module. The reduced recipe needs it to keep Q values bounded, which the router does not touch.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        tasks: int,
+        *,
+        copies: int = 1,
+        width: int = 400,
+        module_width: int = 128,
+        router_width: int = 256,
+        modules: int = 16,
+        top_k: int | None = 2,
+        rescale: bool = True,
+        state_routing: bool = True,
+        resrouting: bool = True,
+        shortcut_masked: bool = False,
+        threshold: Literal["above", "at_least"] = "above",
+        layer_norm: bool = False,
+    ) -> None:
+        """Sizes as in D2R Table 7.
+
+        ``top_k``: sources per destination, None for all of them (soft routing). ``rescale``:
+        the weights sum to 1 over the path; otherwise they are the full softmax's.
+        ``state_routing``: the router sees the state, not only the task. ``resrouting``: stop
+        gradients as described above. ``shortcut_masked``: stop them in the shortcut u of m = y + u
+        too (Eq. 11-12), not only on their way through W_i (the code). ``threshold``: a source is
+        suitable above 1/i (the code), or at least there (Eq. 10).
+        """
+        super().__init__()
+        self.modules_count, self.outputs = modules, outputs
+        self.top_k = modules if top_k is None else min(top_k, modules)
+        self.rescale, self.state_routing = rescale, state_routing
+        self.resrouting, self.shortcut_masked = resrouting, shortcut_masked
+        self.threshold = threshold
+
+        def norm(units: int) -> list[nn.Module]:
+            return [LayerNorm(units, copies=copies)] if layer_norm else []
+
+        self.state_encoder = nn.Sequential(
+            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
+            Linear(width, width, copies=copies), *norm(width),
+        )  # fmt: skip
+        self.task_encoder = TaskEncoder(tasks, width, copies=copies)
+        self.router = nn.Sequential(
+            Linear(width, router_width, copies=copies), nn.ReLU(),
+            Linear(router_width, router_width, copies=copies), nn.ReLU(),
+        )  # fmt: skip
+        self.logits = Linear(router_width, modules * (modules + 1) // 2, copies=copies)
+        self.first = nn.Sequential(
+            nn.ReLU(), Linear(width, module_width, copies=copies), *norm(module_width), nn.ReLU()
+        )
+        self.rest = ModuleStack(modules - 1, module_width, copies=copies, layer_norm=layer_norm)
+        self.head = Linear(module_width, outputs, copies=copies, last=True)
+        # tau of Eq. 13; a parameter, as in the published counts, that no gradient moves.
+        self.temperature = nn.Parameter(torch.ones(copies, tasks), requires_grad=False)
+
+        row, column = torch.tril_indices(modules, modules)
+        self.register_buffer("_triangle", row * modules + column, persistent=False)
+        order = torch.arange(modules, dtype=torch.float32).view(modules, 1)
+        self.register_buffer("_order", order, persistent=False)
+        bar = 1 / torch.arange(2, modules + 2, dtype=torch.float32).view(modules, 1, 1)  # 1/i
+        self.register_buffer("_bar", bar, persistent=False)
+        self._triangle: Tensor
+        self._order: Tensor
+        self._bar: Tensor
+
+    def forward(
+        self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Route]:
+        """Outputs (C, T, B, outputs) at x (C or 1, T, B, inputs), and the route they took.
+
+        ``route``: how to choose paths, or given paths (C or 1, T, B, M, M) bool with as many
+        sources in each destination as `top_k` allows. ``generator`` serves "sample". ResRouting
+        is active whenever gradients are recorded.
+        """
+        state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
+        task = self.task_encoder()  # (C, T, 1, width)
+        hidden = self.router(state * task if self.state_routing else task.expand_as(state))
+        logits = self._routing_logits(hidden)  # (C, M, M, T*B)
+        sources, valid = self._choose(logits.detach(), route, generator, x.shape[1:3])
+        weights = self._weights(logits, sources, valid)  # (C, M, K, T*B)
+
+        copies, rows = len(logits), logits.shape[-1]
+        suitable = None
+        if torch.is_grad_enabled() and self.resrouting:
+            chance = torch.softmax(logits.detach(), 2).gather(2, sources)
+            suitable = chance > self._bar if self.threshold == "above" else chance >= self._bar
+        first = self.first(state).view(copies, rows, -1)
+        mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
+        output = self.head(mixed.view(copies, *x.shape[1:3], -1))
+        shape = (copies, *x.shape[1:3], *weights.shape[1:3])
+        chosen = Route(
+            sources.permute(0, 3, 1, 2).reshape(shape),
+            weights.detach().permute(0, 3, 1, 2).reshape(shape),
+        )
+        return output, chosen
+
+    def _routing_logits(self, hidden: Tensor) -> Tensor:
+        """z as (C, M, M, rows): destination, source, row; -inf outside the triangle."""
+        copies, modules = len(hidden), self.modules_count
+        layer = self.logits  # its product transposed, so that the rows come last at no cost
+        z = torch.baddbmm(
+            layer.bias.transpose(1, 2),
+            layer.weight.transpose(1, 2),
+            hidden.flatten(1, 2).transpose(1, 2),
+        )  # (C, M(M+1)/2, rows)
+        padded = z.new_full((copies, modules * modules, z.shape[-1]), -torch.inf)
+        padded = padded.index_copy(1, self._triangle, z)
+        return padded.view(copies, modules, modules, -1)
+
+    def _choose(
+        self,
+        z: Tensor,
+        route: Choice | Tensor,
+        generator: torch.Generator | None,
+        tasks_and_rows: torch.Size,
+    ) -> tuple[Tensor, Tensor]:
+        """The path: sources (C, M, K, rows), and whether each exists, of logits (C, M, M, rows)."""
+        copies, modules, _, rows = z.shape
+        if isinstance(route, Tensor):
+            path = route.expand(copies, -1, -1, -1, -1).flatten(1, 2).permute(0, 2, 3, 1)
+            score = torch.zeros_like(z).masked_fill_(~path, -torch.inf)
+        elif route == "top_k":
+            score = z
+        else:
+            # The K largest of z / tau + Gumbel noise are K draws without replacement from
+            # softmax(z / tau) (Kool et al. 2019).
+            connections = len(self._triangle)
+            uniform = torch.rand(
+                copies, connections, rows, generator=generator, dtype=z.dtype, device=z.device
+            )
+            gumbel = uniform.clamp_min_(1e-12).log_().neg_().log_().neg_()
+            tau = self.temperature[:, None, :, None].expand(-1, -1, -1, tasks_and_rows[1])
+            flat = z.view(copies, -1, rows)
+            score = (flat / tau.flatten(2)).index_add_(1, self._triangle, gumbel).view_as(z)
+        if self.top_k == modules:
+            valid = z > -torch.inf
+            return torch.where(valid, self._order.long(), 0), valid
+
+        sources, exists = [], []
+        order = self._order.to(z.dtype)
+        for rank in range(self.top_k):
+            best = score.amax(2, keepdim=True)
+            # The earliest source wins ties, so that a path never has more than K.
+            index = torch.where(score == best, order, modules).amin(2, keepdim=True)
+            sources.append(index)
+            exists.append(best > -torch.inf)
+            if rank + 1 < self.top_k:
+                score = score.masked_fill(order == index, -torch.inf)
+        return torch.cat(sources, 2).long(), torch.cat(exists, 2)
+
+    def _weights(self, z: Tensor, sources: Tensor, valid: Tensor) -> Tensor:
+        """p^i = MaskSoftmax(z^i, d^i) (Eq. 5), or softmax(z^i) at the sources without rescaling."""
+        if self.rescale:
+            chosen = z.gather(2, sources).masked_fill(~valid, -torch.inf)
+            return torch.softmax(chosen, 2)
+        return torch.softmax(z, 2).gather(2, sources).masked_fill(~valid, 0)
+
+
+class TaskEncoder(nn.Module):
+    """H(task) = onehot(task) W + b: a learned vector for each task and one for all."""
+
+    def __init__(self, tasks: int, outputs: int, *, copies: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(copies, tasks, 1, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, 1, 1, outputs))
+
+    def forward(self) -> Tensor:
+        """(C, T, 1, outputs)."""
+        return self.weight + self.bias
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the parameters as those of a linear layer with T inputs."""
+        _, tasks, _, outputs = self.weight.shape
+        draw([self.weight], self.bias, tasks, outputs, False, scheme, generator)
+
+
+class ModuleStack(nn.Module):
+    """m^i = u^i + ReLU(u^i W_i + b_i) for i = 2 ... M, and the head's input u^{M+1} (Eq. 11).
+
+    The modules run in a row, and between two of them little happens to many rows, so this is one
+    autograd function with preallocated buffers and a backward pass by hand (`_Stack`).
+    """
+
+    def __init__(self, count: int, width: int, *, copies: int, layer_norm: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(copies, count, width, width))
+        self.bias = nn.Parameter(torch.empty(copies, count, 1, width))
+        self.scale = nn.Parameter(torch.ones(copies, count, 1, width)) if layer_norm else None
+        self.shift = nn.Parameter(torch.zeros(copies, count, 1, width)) if layer_norm else None
+
+    def forward(
+        self,
+        first: Tensor,
+        sources: Tensor,
+        weights: Tensor,
+        suitable: Tensor | None,
+        shortcut_masked: bool,
+    ) -> Tensor:
+        """The head's input (C, R, width) from m^1 (C, R, width) and a route (C, M, K, R).
+
+        ``suitable`` (C, M, K, R): where gradients may reach a source's own module; None:
+        everywhere. ``shortcut_masked``: whether that holds for the shortcut as well.
+        """
+        output: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
+            first, weights, self.weight, self.bias, self.scale, self.shift,
+            sources, suitable, shortcut_masked,
+        )  # fmt: skip
+        return output
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the parameters as those of linear layers, one per module."""
+        width = self.weight.shape[-1]
+        draw([self.weight], self.bias, width, width, False, scheme, generator)
+
+
+class _Stack(torch.autograd.Function):
+    """The modules after the first, with ResRouting's gradients.
+
+    Below, N = C * R rows of all copies, d the module width. Destination i (zero-based) is module
+    i + 1 (zero-based) or, at i = M - 1, the head. Forward, both paths that leave a source carry
+    the same numbers, so one mixture u_i serves the module and its shortcut. Backward they differ:
+    with a_i the gradient arriving at u_i through W_i and s_i the one through the shortcut,
+
+        d u_j += p_ij (a_i + s_i)                     j's own shortcut, never blocked
+        d y_j += p_ij (suitable_ij a_i + s_i)         or suitable_ij (a_i + s_i) if also masked
+        d p_ij = <a_i + s_i, m_j>
+
+    pulled by each source from all later destinations in one batched product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        first: Tensor,
+        weights: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        sources: Tensor,
+        suitable: Tensor | None,
+        shortcut_masked: bool,
+    ) -> Tensor:
+        copies, rows, width = first.shape
+        modules, k = weights.shape[1:3]
+        total = copies * rows
+        picked = sources.permute(1, 0, 3, 2).reshape(modules, total, k).contiguous()
+        share = weights.permute(1, 0, 3, 2).reshape(modules, total, k).contiguous()
+        row = torch.arange(total, device=first.device)
+        index = torch.add(row[:, None], picked, alpha=total).view(modules, total * k)
+        share_flat = share.view(modules, total * k)
+        bag = torch.arange(0, total * k, k, device=first.device)
+
+        m = first.new_empty(modules, copies, rows, width)
+        table = m.view(modules * total, width)
+        m[0] = first
+        active = first.new_empty(modules - 1, copies, rows, width, dtype=torch.bool)
+        u, pre, statistics = [], [], []
+        for i in range(modules):
+            mixed = torch.embedding_bag(
+                table, index[i], bag, False, 0, False, share_flat[i]
+            )[0].view(copies, rows, width)  # fmt: skip
+            if i == modules - 1:
+                break
+            u.append(mixed)
+            y = torch.baddbmm(bias[:, i], mixed, weight[:, i])
+            if scale is not None and shift is not None:
+                pre.append(y)
+                y, mean, deviation = torch.native_layer_norm(y, [width], None, None, 1e-5)
+                statistics.append((mean, deviation))
+                y = torch.addcmul(shift[:, i], y, scale[:, i])
+            torch.gt(y, 0, out=active[i])
+            torch.add(y.relu_(), mixed, out=m[i + 1])
+        ctx.save_for_backward(m, active, picked, share, weight, scale, suitable)
+        ctx.u, ctx.pre, ctx.statistics, ctx.shortcut_masked = u, pre, statistics, shortcut_masked
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        m, active, picked, share, weight, scale, suitable = ctx.saved_tensors
+        modules, copies, rows, width = m.shape
+        total = copies * rows
+        pull = _pull_matrices(picked, share, suitable, ctx.shortcut_masked)
+        # Gradients at each u: (destination, through W or shortcut, ...).
+        g = gradient.new_empty(modules, 2, copies, rows, width)
+        flat = g.view(2 * modules, total, width).transpose(0, 1)  # (N, 2M, d)
+        g[-1, 0], g[-1, 1] = gradient, 0
+        learning = ctx.needs_input_grad[2]
+        g_weight, g_bias, g_scale, g_shift = [], [], [], []
+        for i in range(modules - 2, -1, -1):
+            j = i + 1  # the source that destination i is to later ones
+            both = torch.bmm(pull[:, j, :, 2 * j :], flat[:, 2 * j :])  # (N, 2, d)
+            g[i, 1] = both[:, 0].view(copies, rows, width)
+            g_y = both[:, 1].view(copies, rows, width) * active[i]
+            if scale is not None:
+                mean, deviation = ctx.statistics[i]
+                if learning:
+                    normed = (ctx.pre[i] - mean) * deviation
+                    g_scale.append((g_y * normed).sum(1, keepdim=True))
+                    g_shift.append(g_y.sum(1, keepdim=True))
+                g_y = torch.ops.aten.native_layer_norm_backward(
+                    g_y * scale[:, i], ctx.pre[i], [width], mean, deviation,
+                    None, None, [True, False, False],
+                )[0]  # fmt: skip
+            if learning:
+                g_weight.append(torch.bmm(ctx.u[i].transpose(1, 2), g_y))
+                g_bias.append(g_y.sum(1, keepdim=True))
+            torch.bmm(g_y, weight[:, i].transpose(1, 2), out=g[i, 0])
+        g_first = torch.bmm(pull[:, 0, 1:], flat).view(copies, rows, width)
+
+        arriving = g.sum(1).view(modules, total, width)
+        per_source = torch.bmm(
+            arriving.transpose(0, 1), m.view(modules, total, width).permute(1, 2, 0)
+        )  # (N, M destinations, M sources)
+        g_share = per_source.transpose(0, 1).gather(2, picked)  # (M, N, K)
+        g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
+        learned = [
+            torch.stack(each[::-1], 1) if each else None
+            for each in (g_weight, g_bias, g_scale, g_shift)
+        ]
+        return g_first, g_weights, *learned, None, None, None
+
+
+def _pull_matrices(
+    picked: Tensor, share: Tensor, suitable: Tensor | None, shortcut_masked: bool
+) -> Tensor:
+    """What sources pull from destinations, (N, source, 2, destination x 2).
+
+    Of the first 2: for the source's u, for its y; of the second: from the gradient through the
+    destination's W, from the one through its shortcut.
+    """
+    modules, total, _ = picked.shape
+    pull = share.new_empty(total, modules, 2, modules, 2)
+
+    def dense(values: Tensor) -> Tensor:
+        zeros = values.new_zeros(modules, total, modules)
+        return zeros.scatter_add_(2, picked, values).permute(1, 2, 0)  # (N, source, destination)
+
+    reaching = dense(share)
+    pull[:, :, 0, :, 0] = reaching
+    pull[:, :, 0, :, 1] = reaching
+    if suitable is None:
+        pull[:, :, 1] = pull[:, :, 0]
+    else:
+        allowed = suitable.permute(1, 0, 3, 2).reshape(share.shape)
+        unblocked = dense(share * allowed)
+        pull[:, :, 1, :, 0] = unblocked
+        pull[:, :, 1, :, 1] = unblocked if shortcut_masked else reaching
+    return pull.flatten(3)
