@@ -176,7 +176,8 @@ class SAC(Agent):
         self.step(loss)
 
         with torch.no_grad():  # Polyak: Q' <- (1 - tau) Q' + tau Q
-            slow, fast = list(self.target_critic.parameters()), list(self.critic.parameters())
+            slow: list[Tensor] = list(self.target_critic.parameters())
+            fast: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(slow, fast, self.config.tau)
         self.updates += 1
         self.after_update()
@@ -233,7 +234,7 @@ class SAC(Agent):
         optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if self.config.grad_clip is not None:
             clip_per_copy(self.actor.parameters(), self.config.grad_clip)
             clip_per_copy(self.critic.parameters(), self.config.grad_clip)
