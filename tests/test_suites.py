@@ -488,9 +488,11 @@ def test_experts_solve_every_task(part: int) -> None:
     tasks = list(ALL_V3_ENVIRONMENTS)[part::5]
     suite = suites.load("custom_rand:" + "+".join(tasks))
     rates = expert_rates(suite, suite.make(seed=0), 10)
-    # disassemble is solved in about 91 % of episodes, of which 10 are a small sample
-    limits = np.array([0.7 if task == "disassemble-v3" else 0.9 for task in tasks])
+    # The scripts solve more than 90 % of the episodes in the long run, of which 10 are a small
+    # sample, except that push-back is too slow: 45 % at 200 steps, 95 % at 500.
+    limits = np.array([0.2 if task == "push-back-v3" else 0.7 for task in tasks])
     assert (rates >= limits).all(), dict(zip(tasks, rates, strict=True))
+    assert np.mean(rates[limits > 0.5]) > 0.95
 
 
 # Workers
@@ -584,7 +586,7 @@ def test_results_that_are_not_finite() -> None:
     env.reset()
     action = np.zeros((2, 2, 4))
     action[0, 1, 1] = 1
-    with pytest.raises(SimulatorError, match="task a, environment 1, last seeded with 11: .*nan"):
+    with pytest.raises(SimulatorError, match=r"task a, environment 1, last seeded with 11: .*nan"):
         env.step(action)
 
 
