@@ -226,38 +226,52 @@ class RunSpec(BaseModel):
         name, _, variant = algorithm.partition("@")
         agent = _agent(name)
         mine = _for_algorithm(overrides or {}, name, agent)
-        differences = variant_values(agent, name, variant)
-
-        # The horizon decides what a suite is; read it before the suite is loaded.
         try:
-            shape = suites.load(suite)
+            shape = suites.load(suite).spec
         except ValueError as error:
             raise SpecError(str(error)) from None
-        large = chosen.protocol_large if shape.spec.num_tasks > LARGE_SUITE else {}
-        layers = {
-            f"preset {chosen.name}": chosen.protocol | large | chosen.algorithm,
-            f"variant {variant}": differences,
-            "user": mine,
-        }
-        protocol, protocol_sources = _build(Protocol, layers, "protocol")
-        config, config_sources = _build(agent.Config, layers, name)
-        try:
-            config = config.for_run(shape.spec, protocol.plan)
-        except ValueError as error:
-            raise SpecError(f"{name}: {error}") from None
+        large = chosen.protocol_large if shape.num_tasks > LARGE_SUITE else {}
 
-        label, changed = _label(agent, name, variant, config, layers, shape, protocol, mine)
+        def values(
+            variant: str, changes: Mapping[str, Any]
+        ) -> tuple[Protocol, AgentConfig, dict[str, str]]:
+            layers = {
+                f"preset {chosen.name}": chosen.protocol | large | chosen.algorithm,
+                f"variant {variant}": variant_values(agent, name, variant),
+                "user": changes,
+            }
+            protocol, sources = _build(Protocol, layers, "protocol")
+            config, more = _build(agent.Config, layers, name)
+            try:
+                return protocol, config.for_run(shape, protocol.plan), sources | more
+            except ValueError as error:
+                raise SpecError(f"{name}: {error}") from None
+
+        protocol, config, sources = values(variant, mine)
+
+        # A configuration that equals a variant's is that variant, however it was asked for. What
+        # changes the protocol holds for the whole sweep and is no part of a label.
+        of_protocol = {key: value for key, value in mine.items() if key in Protocol.model_fields}
+        changed = {key: value for key, value in mine.items() if key not in of_protocol}
+        for candidate in ["", variant, *_variants_like(agent, config)] if changed else []:
+            try:
+                same = values(candidate, of_protocol)[:2] == (protocol, config)
+            except SpecError:
+                continue
+            if same:
+                variant, changed = candidate, {}
+                break
         return cls(
             id=_id(suite, name, seed, protocol, config),
             suite=suite,
             algorithm=name,
-            label=label,
+            label=f"{name}@{variant}" if variant else name,
             seed=seed,
             preset=preset_name,
             protocol=protocol,
             config=config.model_dump(mode="json"),
             changed=changed,
-            sources=protocol_sources | config_sources,
+            sources=sources,
         )
 
 
@@ -392,43 +406,6 @@ def _explain(owner: str, problem: Any) -> str:
     return f"{owner}: {field}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _label(
-    agent: type[Agent],
-    name: str,
-    variant: str,
-    config: AgentConfig,
-    layers: Mapping[str, Mapping[str, Any]],
-    shape: Suite,
-    protocol: Protocol,
-    mine: Mapping[str, Any],
-) -> tuple[str, dict[str, Any]]:
-    """The canonical label of a configuration, and the user's changes that it does not tell.
-
-    A configuration that equals a variant's is that variant, however it was asked for.
-    """
-    if not mine:
-        return (f"{name}@{variant}" if variant else name), {}
-    below = next(iter(layers.values()))
-    candidates = ["", *([variant] if variant else [])]
-    for pattern in agent.VARIANTS:
-        values = {
-            field: getattr(config, field, None) for field in re.findall(r"\{(\w+)\}", pattern)
-        }
-        candidates.append(pattern.format(**values) if values else pattern)
-    for candidate in candidates:
-        try:
-            differences = variant_values(agent, name, candidate)
-            layered = {"preset": below, "variant": differences}
-            same, _ = _build(agent.Config, layered, name)
-            same_protocol, _ = _build(Protocol, layered, "protocol")
-        except SpecError:
-            continue
-        of_variant = {key for key in differences if key in Protocol.model_fields}
-        if same.for_run(shape.spec, protocol.plan) == config and all(
-            getattr(same_protocol, key) == getattr(protocol, key) for key in of_variant
-        ):
-            label = f"{name}@{candidate}" if candidate else name
-            return label, {}
-    # Protocol changes hold for the whole sweep and are shown with the protocol, not the label.
-    changed = {key: value for key, value in mine.items() if key in agent.Config.model_fields}
-    return (f"{name}@{variant}" if variant else name), changed
+def _variants_like(agent: type[Agent], config: AgentConfig) -> list[str]:
+    """All variants of an algorithm, ``fixed{n}`` with the value that ``config`` has."""
+    return [pattern.format_map(config.model_dump()) for pattern in agent.VARIANTS]
