@@ -1,0 +1,92 @@
+"""What tests share: runs on the toy suite, and the list of algorithms to test alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+import algorithms
+from bench import machine
+from bench.spec import RunSpec
+from bench.store import RunStore
+
+settings.register_profile("bench", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("bench")
+
+TOY = {
+    "horizon": 25, "steps_per_task": 300, "warmup_steps": 50, "eval_every": 100, "eval_episodes": 2,
+    "final_episodes": 3, "batch_per_task": 16, "replay_per_task": 75,
+}  # fmt: skip
+"""A run of seconds whose replay ring wraps, logically and physically."""
+
+SMALL = {"width": 16, "depth": 2, "module_width": 8, "router_width": 8}
+"""Network sizes, for the algorithms that have such a field."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``algorithm`` runs for every registered one."""
+    if "algorithm" in metafunc.fixturenames:
+        found = [
+            pytest.param(name, marks=() if _is_there(target) else pytest.mark.skip(f"no {target}"))
+            for name, target in algorithms.table().items()
+        ]
+        metafunc.parametrize("algorithm", found, scope="module")
+
+
+def _is_there(target: str) -> bool:
+    return importlib.util.find_spec(target.partition(":")[0]) is not None
+
+
+def toy_spec(algorithm: str = "mt_sac", seed: int = 0, **overrides: Any) -> RunSpec:
+    """A small run on the toy suite; ``overrides`` of protocol and configuration."""
+    fields = algorithms.load(algorithm.partition("@")[0]).Config.model_fields
+    small = {key: value for key, value in SMALL.items() if key in fields}
+    return RunSpec.resolve(
+        algorithm, "toy", seed, preset_name="smoke", overrides=TOY | small | overrides
+    )
+
+
+@pytest.fixture(scope="session", name="toy_spec")
+def _toy_spec() -> Callable[..., RunSpec]:
+    return toy_spec
+
+
+@pytest.fixture(scope="session")
+def open_store() -> Callable[[Path, RunSpec], RunStore]:
+    """The run directory of a specification below a folder."""
+
+    def create(out: Path, spec: RunSpec) -> RunStore:
+        return RunStore.create(out, spec, machine.environment("cpu", 1))
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[[RunStore], dict[str, bytes]]:
+    """Name -> bytes of what a run measured: everything that must not depend on the clock."""
+
+    def read(store: RunStore) -> dict[str, bytes]:
+        paths = [store.path / "metrics.csv", *sorted(store.probe_path.glob("*"))]
+        return {str(path.relative_to(store.path)): path.read_bytes() for path in paths}
+
+    return read

@@ -1,0 +1,339 @@
+"""What every registered algorithm must do, whatever it is."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import algorithms
+import suites
+from algorithms.agent import Agent, Batch
+from bench.evaluate import evaluate
+from bench.spec import RunSpec
+from bench.store import RunStore
+from bench.train import Interrupted, train
+
+ToySpec = Callable[..., RunSpec]
+Open = Callable[[Path, RunSpec], RunStore]
+Measured = Callable[[RunStore], dict[str, bytes]]
+
+LEARN = {
+    "gamma": 0.9, "tau": 0.02, "reward_scale": 1.0, "actor_lr": 3e-3, "critic_lr": 3e-3,
+    "alpha_lr": 3e-2, "batch_per_task": 64, "width": 64, "module_width": 32, "router_width": 32,
+    "critic_layer_norm": False, "reward_balance": None,
+}  # fmt: skip
+"""Settings under which the toy suite is learnt quickly."""
+
+
+def fields(algorithm: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``values`` that the protocol or the algorithm has."""
+    config = algorithms.load(algorithm).Config.model_fields
+    return {k: v for k, v in values.items() if k in config or k == "batch_per_task"}
+
+
+def make_agent(spec: RunSpec, seed: int = 0) -> Agent:
+    """The specification's agent, with an episode begun in each environment."""
+    suite = spec.make_suite()
+    agent = spec.agent(suite.spec, spec.agent_config, spec.protocol.plan, seed=seed)
+    for task in range(suite.spec.num_tasks):
+        agent.on_episode_start(task, 0)
+    return agent
+
+
+def observations(rows: int, seed: int = 0) -> np.ndarray:
+    """(3, rows, 39) as the toy suite's."""
+    rng = np.random.default_rng(seed)
+    obs = np.zeros((3, rows, 39), np.float32)
+    obs[..., :2], obs[..., 36:38] = rng.uniform(-0.9, 0.9, (2, 3, rows, 2))
+    return obs
+
+
+def make_batch(agent: Agent, rows: int, seed: int = 0) -> Batch:
+    """Random transitions, with what the agent itself stores beside them."""
+    rng = np.random.default_rng(seed)
+    obs, next_obs = observations(rows, seed), observations(rows, seed + 1)
+    acts = [agent.act(obs[:, row : row + 1], explore=True) for row in range(rows)]
+    extras = {
+        name: torch.from_numpy(np.concatenate([act.extras[name] for act in acts], 1))
+        for name in acts[0].extras
+    }
+    for name, (shape, dtype) in agent.extras_spec.items():
+        assert extras[name].shape == (3, rows, *shape)
+        assert extras[name].numpy().dtype == dtype
+    assert extras.keys() == agent.extras_spec.keys()
+    shape = (3, rows, 1)
+    return Batch(
+        obs=torch.from_numpy(obs),
+        action=torch.from_numpy(rng.uniform(-1, 1, (3, rows, 4)).astype(np.float32)),
+        reward=torch.from_numpy(rng.uniform(0, 10, shape).astype(np.float32)),
+        next_obs=torch.from_numpy(next_obs),
+        terminated=torch.zeros(shape),
+        truncated=torch.from_numpy((rng.random(shape) < 0.1).astype(np.float32)),
+        mean_reward=torch.tensor([5.0, 4.0, 3.0]).view(3, 1, 1),
+        extras=extras,
+    )
+
+
+def same(a: Any, b: Any, where: str = "state") -> None:
+    """Nested states are equal to the bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{number}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b, err_msg=where)
+    else:
+        assert a == b, where
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    algorithm: str, toy_spec: ToySpec, open_store: Open, tmp_path_factory: pytest.TempPathFactory
+) -> RunStore:
+    """A small run of the algorithm from start to end."""
+    spec = toy_spec(algorithm)
+    store = open_store(tmp_path_factory.mktemp(algorithm), spec)
+    train(spec, store)
+    return store
+
+
+def final_agent(store: RunStore) -> dict[str, Any]:
+    loaded = store.load_checkpoint()
+    assert loaded is not None
+    state: dict[str, Any] = loaded[1]["agent"]
+    return state
+
+
+def test_an_interrupted_run_repeats_an_undisturbed_one_to_the_byte(
+    algorithm: str, undisturbed: RunStore, toy_spec: ToySpec, open_store: Open,
+    measured: Measured, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Two runs are equal; stopping and going on changes nothing, nor does global randomness."""
+    spec = toy_spec(algorithm)
+    store = open_store(tmp_path, spec)
+    boundaries = 0
+
+    def stop() -> bool:
+        nonlocal boundaries
+        boundaries += 1
+        return boundaries in (1, 4, 5, 9)  # also in the warm-up, and twice in a row
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        if seed < 4:
+            with pytest.raises(Interrupted):
+                train(spec, store, stop=stop)
+            assert store.status()["state"] == "interrupted"
+        else:
+            train(spec, store, stop=stop)
+    assert store.done
+    assert measured(store) == measured(undisturbed)
+    same(final_agent(store), final_agent(undisturbed))
+
+
+def test_evaluating_more_seldom_changes_nothing_else(
+    algorithm: str, undisturbed: RunStore, toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    spec = toy_spec(algorithm, eval_every=300, eval_episodes=1, final_episodes=2)
+    store = open_store(tmp_path, spec)
+    train(spec, store)
+    often, seldom = (pd.read_csv(s.path / "metrics.csv") for s in (undisturbed, store))
+    assert set(often.kind) == {"train", "update", "eval", "final"}
+    assert set(seldom.kind) == {"train", "update", "final"}
+    of_training = ["train", "update"]
+    pd.testing.assert_frame_equal(
+        often[often.kind.isin(of_training)].reset_index(drop=True),
+        seldom[seldom.kind.isin(of_training)].reset_index(drop=True),
+    )
+    same(final_agent(store), final_agent(undisturbed))
+
+
+def test_another_seed_gives_another_run(algorithm: str, toy_spec: ToySpec) -> None:
+    first, second = (make_agent(toy_spec(algorithm), seed=seed) for seed in (0, 1))
+    obs = observations(1)
+    assert not np.array_equal(first.act(obs, True).action, second.act(obs, True).action)
+    assert not np.array_equal(first.act(obs, False).action, second.act(obs, False).action)
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_the_run_has_what_reports_need(undisturbed: RunStore) -> None:
+    metrics = pd.read_csv(undisturbed.path / "metrics.csv")
+    assert np.isfinite(metrics["value"]).all()
+    updates = metrics[metrics.kind == "update"]
+    assert {"critic_loss", "actor_loss", "alpha", "entropy", "masked"} <= set(updates.metric)
+    # Every update is counted once: 250 of them, for each metric and task.
+    counted = updates.groupby(["metric", "task"])["count"].sum()
+    assert (counted == 250).all()
+    episodes = metrics[(metrics.kind == "train") & (metrics.metric == "success")]
+    assert (episodes.groupby("task")["count"].sum() == 12).all()
+    for path in undisturbed.probe_path.glob("*.npz"):
+        with np.load(path) as arrays:
+            assert all(arrays[name].dtype != object for name in arrays)
+
+
+# ------------------------------------------------------------------------------- the agent alone
+
+
+def test_saved_and_loaded_it_continues_as_if_never_stopped(
+    algorithm: str, toy_spec: ToySpec
+) -> None:
+    agent = make_agent(toy_spec(algorithm))
+    batches = [make_batch(agent, 8, seed) for seed in range(6)]
+    for batch in batches[:3]:
+        agent.update(batch)
+    buffer = io.BytesIO()
+    torch.save(agent.state_dict(), buffer)
+    buffer.seek(0)
+    other = make_agent(toy_spec(algorithm), seed=77)  # all that differs must come from the state
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    same(other.state_dict(), agent.state_dict())
+    for number, batch in enumerate(batches[3:]):
+        same(agent.update(batch), other.update(batch))
+        obs = observations(1, number)
+        same(agent.act(obs, True)._asdict(), other.act(obs, True)._asdict())
+        same(agent.act(obs, False)._asdict(), other.act(obs, False)._asdict())
+    same(agent.probe(), other.probe())
+    same(other.state_dict(), agent.state_dict())
+
+
+def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> None:
+    agent = make_agent(toy_spec(algorithm))
+    before = copy.deepcopy(agent.state_dict())
+    obs = observations(1)
+    first = agent.act(obs, explore=False)
+    agent.trace(observations(5))
+    agent.probe()
+    same(agent.act(obs, explore=False)._asdict(), first._asdict())
+    same(agent.state_dict(), before)
+    assert first.action.shape == (3, 1, 4)
+    assert first.action.dtype == np.float32
+    assert (np.abs(first.action) <= 1).all()
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses to turn a tensor into a Python number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert "_local_scalar_dense" not in name, "update() waits for a number"
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_never_waits_for_the_device(algorithm: str, toy_spec: ToySpec) -> None:
+    agent = make_agent(toy_spec(algorithm))
+    batch = make_batch(agent, 8)
+    agent.update(batch)
+    with NoSynchronisation():
+        metrics = agent.update(batch)
+    for name, value in metrics.items():
+        assert value.shape == (3,), name
+        assert not value.requires_grad, name
+
+
+def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec) -> None:
+    """Every parameter of actor and critic moves, unless the algorithm's paper freezes it."""
+    agent = make_agent(toy_spec(algorithm))
+    before = {n: copy.deepcopy(getattr(agent, n).state_dict()) for n in ("actor", "critic")}
+    for seed in range(4):
+        agent.update(make_batch(agent, 8, seed))
+    for network, old in before.items():
+        moved = {
+            name: not torch.equal(p, old[name])
+            for name, p in getattr(agent, network).named_parameters()
+        }
+        assert all(moved.values()), [name for name, yes in moved.items() if not yes]
+
+
+def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
+    """The quick version of learning: episodes of one step, and another best action per task."""
+    best = torch.tensor([[0.6, 0.0], [-0.3, 0.5], [-0.3, -0.5]]).view(3, 1, 2)
+
+    def reward(action: torch.Tensor) -> torch.Tensor:
+        return 5 - 5 * (action[..., :2] - best).square().sum(-1, keepdim=True)
+
+    settings = fields(algorithm, LEARN | {"tau": 0.05, "alpha_lr": 1e-2, "target_entropy": -8.0})
+    agent = make_agent(toy_spec(algorithm, **settings))
+    batch = make_batch(agent, 64)
+    batch = batch._replace(terminated=torch.ones(3, 64, 1))
+    greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(16)]
+    untrained = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        action = 2 * torch.rand(3, 64, 4, generator=g) - 1
+        agent.update(batch._replace(action=action, reward=reward(action)))
+    greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(16)]
+    learnt = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
+    assert (learnt > 4.2).all(), f"{learnt} after {untrained}; the best is 5"
+    assert (learnt > untrained + 0.5).all()
+
+
+@pytest.mark.slow
+def test_learns_the_toy_suite(
+    algorithm: str, toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    spec = toy_spec(
+        algorithm, steps_per_task=3000, warmup_steps=100, eval_every=1000, eval_episodes=10,
+        final_episodes=30, replay_per_task=3000, **fields(algorithm, LEARN),
+    )  # fmt: skip
+    suite = spec.make_suite()
+    untrained = make_agent(spec)
+    envs = suite.make(seed=0, autoreset=False)
+    before = evaluate(lambda o: untrained.act(o, False).action, envs, 30, spec.protocol.eval_seed)
+    store = open_store(tmp_path, spec)
+    train(spec, store)
+    metrics = pd.read_csv(store.path / "metrics.csv")
+    final = metrics[(metrics.kind == "final") & (metrics.metric == "success")]
+    rate = final["value"].sum() / final["count"].sum()
+    print(f"{algorithm}: {before.success.mean():.2f} -> {rate:.2f}")
+    assert before.success.mean() < 0.2
+    assert rate > before.success.mean() + 0.3
+    assert (final["value"] / final["count"] > 0.15).all(), "every task is learnt, not one alone"
+
+
+# --------------------------------------------------------------------------------- parameters
+
+PUBLISHED = {
+    ("mt_sac", 10): (664_808, 663_601),
+    ("mt_sac", 50): (680_808, 679_601),
+    ("mtmh_sac", 10): (693_680, 667_210),
+    ("mtmh_sac", 50): (838_000, 699_250),
+    ("d2r", 10): (684_250, 684_947),
+    ("d2r", 50): (700_290, 700_987),
+    ("mega", 10): (488_392, 684_947),
+    ("mega", 50): (488_392, 700_987),
+}
+"""Actor and one critic, at the papers' sizes: D2R Table 8, MEGA at stage 3."""
+
+
+@pytest.mark.parametrize("tasks", [10, 50])
+def test_parameter_counts_are_the_published_ones(algorithm: str, tasks: int) -> None:
+    if (algorithm, tasks) not in PUBLISHED:
+        pytest.skip("nothing is published for a third party's algorithm")
+    overrides = {"start_stage": 3} if algorithm == "mega" else {}
+    spec = RunSpec.resolve(
+        algorithm, f"mt{tasks}_rand", 0, preset_name="paper", overrides=overrides
+    )
+    agent = make_agent(spec)
+    counts = agent.parameter_counts()
+    assert (counts["actor"], counts["critic"]) == PUBLISHED[algorithm, tasks]
+    assert suites.load(f"mt{tasks}_rand").spec.num_tasks == tasks
