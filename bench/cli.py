@@ -250,18 +250,15 @@ def _print_plan(
     from bench.spec import preset
     from bench.sweep import group
 
-    presets = {job.spec.preset for job in jobs}
-    for name in sorted(presets):
-        chosen = preset(name)
-        if chosen.full_scale:
-            console.print(f"Full scale (preset {name}): {chosen.description}")
-        else:
-            hours = _paper_hours(jobs, name, device)
-            console.print(
-                f"Reduced scale (preset {name}): {chosen.description}\n"
-                f"The papers' scale is --preset paper: {hours}."
-            )
     todo = [job for job in jobs if job.outcome == "pending"]
+    for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
+        scale = "Full scale" if chosen.full_scale else "Reduced scale"
+        console.print(f"{scale}, preset {chosen.name}: {chosen.description}")
+        small = [job for job in todo if job.spec.preset == chosen.name and not chosen.full_scale]
+        if small:
+            with _status(console, "measuring the papers' scale"):
+                hours = _paper_hours(small, device)
+            console.print(f"The papers' scale is --preset paper: a run on this machine, {hours}")
     already = sum(job.outcome == "skipped" for job in jobs)
     busy = sum(job.outcome == "busy" for job in jobs)
     resumed = sum(job.store.status().get("step", 0) > 0 for job in todo)
@@ -289,23 +286,16 @@ def _remaining(job: Job, seconds: float) -> float:
     return seconds * (1 - step / job.spec.protocol.steps_per_task)
 
 
-def _paper_hours(jobs: list[Job], preset_name: str, device: str) -> str:
-    """Hours of one run at the papers' scale, measured with a single update, per algorithm."""
-    from bench.spec import RunSpec, SpecError
+def _paper_hours(jobs: list[Job], device: str) -> str:
+    """Hours of one run of each algorithm at the papers' scale, from a moment's measurement."""
+    from bench.spec import RunSpec
     from bench.speed import cost
 
     hours = []
-    for name, suite in dict.fromkeys(
-        (job.spec.algorithm, job.spec.suite) for job in jobs if job.spec.preset == preset_name
-    ):
-        if suite.startswith("toy"):
-            continue
-        try:
-            spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
-        except SpecError:
-            continue
-        hours.append(f"{name} {cost(spec, device, 1, budget=0.3).seconds / 3600:,.0f} h")
-    return (", ".join(hours) or "longer") + " a run on this machine"
+    for name, suite in dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs):
+        spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
+        hours.append(f"{name} {cost(spec, device, 1, budget=0.2).seconds / 3600:,.0f} h")
+    return ", ".join(dict.fromkeys(hours))
 
 
 def _conclude(

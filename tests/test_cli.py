@@ -1,0 +1,272 @@
+"""The command line from the outside, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+BENCH = [sys.executable, "-m", "bench.cli"]
+TOY = [
+    "--suite", "toy", "--preset", "smoke",
+    *("--set", "horizon=25", "--set", "eval_every=100", "--set", "eval_episodes=2"),
+    *("--set", "final_episodes=2", "--set", "warmup_steps=50", "--set", "width=16"),
+]  # fmt: skip
+
+
+def bench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*BENCH, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, check=False
+    )
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*BENCH, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def statuses(out: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(bench("status", "--out", str(out), "--json").stdout)[
+        "rows"
+    ]
+    return rows
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = [json.loads(path.read_text()) for path in out.rglob("status.json")]
+        if any(status.get("step", 0) >= step for status in found):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no run reached step {step}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of two algorithms on toy, trained by the command line."""
+    out = tmp_path_factory.mktemp("finished")
+    done = bench(
+        "run", "--algos", "mt_sac,mega", *TOY, "--seeds", "1", "--steps", "300", "--out", str(out)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_help_needs_no_torch_and_names_every_command() -> None:
+    code = (
+        "import sys, bench.cli as c; from typer.testing import CliRunner;"
+        "r = CliRunner().invoke(c.app, ['--help']); print(r.output);"
+        "heavy = {'torch', 'metaworld', 'pandas', 'matplotlib'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    for command in [
+        "run",
+        "ablate",
+        "report",
+        "status",
+        "list",
+        "show",
+        "params",
+        "eval",
+        "speed",
+        "doctor",
+    ]:
+        assert command in shown.stdout
+        assert "Example: bench" in bench(command, "--help").stdout, command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("run --algos megga --suite toy", ["'megga'", "'mega'"]),
+        ("run --algos mega@softmx --suite toy", ["mega@softmx", "mega@softmax"]),
+        ("run --algos mega --suite mt10_rnd", ["'mt10_rnd'", "mt10_rand"]),
+        ("run --algos mega --suite mt1_rand:reech-v3", ["reech-v3", "reach-v3"]),
+        ("run --algos mega --suite toy --preset cpo", ["'cpo'", "'cpu'"]),
+        ("run --algos mega --suite toy --set gama=1", ["'gama'", "'gamma'"]),
+        ("run --algos mega --suite toy --set gamma=2", ["gamma", "2", "less than 1"]),
+        ("run --algos mega --suite toy --set gamma", ["key=value"]),
+        ("run --algos mega --suite toy --seeds 0", ["seeds '0'"]),
+        ("run --algos mega --suite toy --seeds 3,3", ["3 is named twice"]),
+        ("run --algos mega,mega --suite toy", ["'mega' is named twice"]),
+        ("run --algos mega --suite toy --steps 301", ["301", "200 or 400"]),
+        ("run --algos mega --suite toy --workers none", ["'none'", "auto"]),
+        ("run --algos mega --suite toy --device tpu", ["'tpu'", "cuda"]),
+        ("run --algos mega --suite toy --launcher slrm", ["'slrm'", "local"]),
+        ("run --suite toy", ["--algos"]),
+        ("run --grid missing.toml", ["missing.toml"]),
+        ("ablate gaa", ["'gaa'", "'ga'"]),
+        ("list algo", ["'algo'", "'algos'"]),
+        ("eval nothing", ["'nothing'"]),
+        ("show d2rr", ["'d2rr'", "'d2r'"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(arguments: str, words: Sequence[str]) -> None:
+    done = bench(*arguments.split())
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert 1 <= len(done.stderr.splitlines()) <= 2, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = bench("run", "--algos", "mt_sac", *TOY, "--out", str(tmp_path / "file" / "runs"))
+    assert done.returncode == 1
+    assert "file/runs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = bench("run", "--algos", "mt_sac", *TOY, "--seeds", "3", "--dry-run", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("Reduced scale")
+    assert "--preset paper" in done.stdout
+    assert "3 runs" in done.stdout
+    assert "3 to train" in done.stdout
+    assert "Estimated" in done.stdout
+    assert not out.exists()
+
+
+def test_the_same_command_again_trains_nothing(finished: Path) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("metrics.csv")}
+    done = bench(
+        "run", "--algos", "mt_sac,mega", *TOY, "--seeds", "1", "--steps", "300",
+        "--out", str(finished),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 done, 0 to train" in done.stdout
+    assert before == {p: p.read_bytes() for p in finished.rglob("metrics.csv")}
+
+
+def test_references_stand_beside_the_runs(finished: Path) -> None:
+    rows = {str(row["run"]).split("/")[1]: row for row in statuses(finished)}
+    assert rows.keys() == {"expert", "random", "mega", "mt_sac"}
+    assert {row["state"] for row in rows.values()} == {"done"}
+    assert rows["expert"]["success"] == 1.0
+
+
+def test_a_report_is_one_page(finished: Path, tmp_path: Path) -> None:
+    done = bench("report", "--out", str(finished), "--to", str(tmp_path / "page"))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "SMOKE" in page
+    assert "mega" in page
+    assert "mega" in done.stdout
+
+
+def test_a_checkpoint_is_evaluated_again_as_it_was(finished: Path) -> None:
+    run = next(path.parent for path in finished.rglob("mega/*/spec.json"))
+    done = bench("eval", str(run), "--episodes", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["task"]: row["successes"] for row in json.loads(done.stdout)["rows"]}
+    final = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    assert rows == {r[2]: int(r[4]) for r in final if r[1] == "final" and r[3] == "success"}
+
+
+def test_listings_have_a_schema(finished: Path) -> None:
+    for arguments in (
+        ["list", "algos"], ["list", "variants"], ["list", "suites"], ["list", "presets"],
+        ["list", "ablations"], ["show", "mega@softmax"], ["params", "--suite", "mt10_rand"],
+        ["status", "--out", str(finished)],
+    ):  # fmt: skip
+        content = json.loads(bench(*arguments, "--json").stdout)
+        assert content["schema"] == 1
+        assert content["rows"], arguments
+
+
+def test_parameters_round_to_the_published_ones() -> None:
+    done = bench("params", "--suite", "mt10_rand,mt50_rand", "--json")
+    for row in json.loads(done.stdout)["rows"]:
+        if row["published_millions"] is not None:
+            assert round(row["sum"] / 1e6, 2) == row["published_millions"], row
+
+
+def test_show_tells_where_values_come_from() -> None:
+    rows = json.loads(bench("show", "mega@fixed8", "--preset", "cpu", "--json").stdout)["rows"]
+    by_field = {row["field"]: row for row in rows}
+    assert by_field["start_stage"]["value"] == 8
+    assert by_field["start_stage"]["from"] == "variant fixed8"
+    assert by_field["width"]["from"] == "preset cpu"
+    assert by_field["gamma"]["from"] == "paper"
+    assert all(row["meaning"] for row in rows)
+
+
+def test_interrupt_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    command = [
+        "run", "--algos", "mt_sac", *TOY, "--seeds", "1", "--steps", "20000",
+        "--set", "eval_every=10000", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    process = start(*command)
+    try:
+        wait_for_step(tmp_path / "out", 200)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    (row,) = statuses(tmp_path / "out")
+    assert row["state"] == "interrupted"
+    assert 0 < int(str(row["step"])) < 20000
+    again = bench(*command, "--dry-run")
+    assert "1 of them continued" in again.stdout
+
+
+def test_a_killed_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    process = start(
+        "run", "--algos", "mt_sac,mtmh_sac", *TOY, "--seeds", "1", "--steps", "1500",
+        "--out", str(tmp_path), "--workers", "1",
+    )  # fmt: skip
+    try:
+        wait_for_step(tmp_path, 100)
+        status = next(
+            json.loads(path.read_text()) for path in tmp_path.rglob("mt_sac/*/status.json")
+        )
+        os.kill(status["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=200)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "SIGKILL" in output
+    rows = {str(row["run"]).split("/")[1]: row for row in statuses(tmp_path)}
+    assert rows["mt_sac"]["state"] == "failed"
+    assert rows["mtmh_sac"]["state"] == "done"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_from_another_folder(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(root)], check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    code = (
+        "import bench, reports, bench.spec as s, bench.sweep as w, sys;"
+        "assert bench.__file__.startswith(sys.argv[1]), bench.__file__;"
+        "print(s.preset_names(), list(w.ablations()), len(reports.published('success_rates')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(site)], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "smoke" in done.stdout
+    assert "halfsoftmax" in done.stdout

@@ -1,0 +1,108 @@
+"""What a sweep expands to, and grids read from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.spec import SpecError
+from bench.sweep import Request, ablations, expand, names, plan, read_grid
+
+
+def request(*algorithms: str, seeds: tuple[int, ...] = (0,), **overrides: object) -> Request:
+    return Request(algorithms, ["toy"], seeds, "smoke", overrides)
+
+
+def test_a_sweep_is_the_product_and_advances_seed_by_seed() -> None:
+    specs = expand([request("mt_sac", "mtmh_sac", seeds=(3, 1))])
+    found = [(spec.algorithm, spec.seed) for spec in specs]
+    assert found == [("mt_sac", 3), ("mtmh_sac", 3), ("mt_sac", 1), ("mtmh_sac", 1)]
+    assert len({spec.id for spec in specs}) == 4
+
+
+def test_seeds_share_everything_but_id_and_seed() -> None:
+    first, second = expand([request("mt_sac", seeds=(0, 1))])
+    assert first.model_copy(update={"id": second.id, "seed": 1}) == second
+
+
+def test_a_run_asked_for_twice_is_trained_once() -> None:
+    both = [request("mega", "mega@fixed8"), request("mega", start_stage=8, evolve=False)]
+    labels = [spec.label for spec in expand(both)]
+    assert labels == ["mega", "mega@fixed8"]
+
+
+def test_all_problems_of_a_sweep_are_told_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        expand([request("mt_sak", "mt_sac@x"), request("mt_sac", gama=1)])
+    text = str(caught.value)
+    assert all(word in text for word in ("'mt_sak'", "'mt_sac'", "mt_sac@x", "'gama'", "'gamma'"))
+
+
+def test_a_setting_for_an_algorithm_outside_the_sweep_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"mega\.start_stage: no algorithm 'mega' in this sweep"):
+        expand([request("mt_sac", **{"mega.start_stage": 4})])
+
+
+def test_planning_touches_no_disk(tmp_path: Path) -> None:
+    jobs = plan(expand([request("mt_sac")]), tmp_path / "out")
+    assert [job.outcome for job in jobs] == ["pending"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_shipped_ablation_resolves() -> None:
+    for entry in ablations().values():
+        assert expand([request(*entry["algos"])])
+        assert entry["paper"]
+        assert entry["description"]
+
+
+def test_a_grid_lays_runs_over_its_top(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'suite = ["toy", "toy4"]\nseeds = [2, 5]\npreset = "smoke"\nset = { gamma = 0.9 }\n'
+        '[[runs]]\nalgos = ["mt_sac"]\n'
+        '[[runs]]\nalgos = "mega"\nseeds = 1\nset = { mega = { start_stage = 4 } }\n'
+    )
+    specs = expand(read_grid(path))
+    assert [(s.suite, s.label, s.seed) for s in specs] == [
+        ("toy", "mt_sac", 2), ("toy4", "mt_sac", 2), ("toy", "mt_sac", 5), ("toy4", "mt_sac", 5),
+        ("toy", "mega", 0), ("toy4", "mega", 0),
+    ]  # fmt: skip
+    assert {s.config["gamma"] for s in specs} == {0.9}
+    assert {s.config.get("start_stage") for s in specs} == {None, 4}
+
+
+def test_a_grid_tells_all_its_errors_with_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'sute = "toy"\n[[runs]]\nalgos = "mega"\n[[runs]]\nsuite = "toy"\nseeds = "4-2"\n'
+    )
+    with pytest.raises(SpecError) as caught:
+        read_grid(path)
+    text = str(caught.value)
+    assert "'sute'" in text
+    assert "'suite'" in text
+    assert "runs[1]: suite, seeds missing" in text
+    assert "runs[2]: algos missing" in text
+
+
+@given(st.text(max_size=80))
+def test_a_grid_file_of_anything_is_read_or_refused_clearly(text: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grid.toml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SpecError):
+            read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "nothing named"), ("a,b,a", "'a' is named twice")]
+)
+def test_lists_of_names(text: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        names(text, "--algos")
