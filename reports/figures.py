@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -68,9 +69,9 @@ _OWN_COLOURS = {
     "mt_sac": "#4D4D4D",
 }
 _OTHER_COLOURS = ("#882255", "#999933", "#332288", "#AA4499", "#117733", "#661100", "#6699CC")
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+_VARIANT_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+_VARIANT_SHADES = (0.4, -0.4, 0.2)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-_SHADES = (0.0, 0.35, -0.35)
 _TASK_COLOURS = (
     "#332288",
     "#E69F00",
@@ -123,7 +124,11 @@ def figure(name: str) -> Callable[[Callable[[Section], Drawing]], Callable[[Sect
 
         def styled(section: Section) -> Drawing:
             with mpl.rc_context(STYLE):
-                return function(section)
+                made = function(section)
+                # Lay out once; both formats then share the positions.
+                made.figure.draw_without_rendering()
+                made.figure.set_layout_engine("none")
+                return made
 
         FIGURES[name] = styled
         return styled
@@ -163,17 +168,21 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
         options = [_OTHER_COLOURS[(start + k) % len(_OTHER_COLOURS)] for k in range(7)]
         free = [colour for colour in options if colour not in bases.values()]
         bases[base] = _OWN_COLOURS.get(base, (free or options)[0])
-    slots = len(_DASHES) * len(_SHADES)
+    slots = len(_VARIANT_DASHES) * len(_VARIANT_SHADES)
     for label in sorted(labels):
         base = base_name(label)
-        slot = 0 if label == base else 1 + zlib.crc32(label.encode()) % (slots - 1)
-        while (base, slot) in taken and sum(b == base for b, _ in taken) < slots - 1:
-            slot = 1 + slot % (slots - 1)
+        if label == base:
+            out[label] = Look(bases[base], "-", _MARKERS[0])
+            continue
+        slot = zlib.crc32(label.encode()) % slots
+        while (base, slot) in taken and sum(b == base for b, _ in taken) < slots:
+            slot = (slot + 1) % slots
         taken.add((base, slot))
         out[label] = Look(
-            _shade(bases[base], _SHADES[slot % len(_SHADES)]),
-            _DASHES[slot % len(_DASHES)],
-            _MARKERS[slot % len(_MARKERS)],
+            # Three shades and four dashes have no common divisor: every slot is a pair of its own.
+            _shade(bases[base], _VARIANT_SHADES[slot % len(_VARIANT_SHADES)]),
+            _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
+            _MARKERS[1 + slot % (len(_MARKERS) - 1)],
         )
     return out
 
@@ -225,22 +234,32 @@ def _panels(
         if index + columns >= len(tasks):
             axes.tick_params(labelbottom=True)
         cells.append((index, name, axes))
-    made.supxlabel("environment steps per task", fontsize=8)
     made.supylabel(ylabel, fontsize=8)
     return made, cells
 
 
-def _steps_axis(axes: Axes, label: str = "environment steps per task", ticks: int = 6) -> None:
+_STEPS = "environment steps per task"
+
+
+def _steps_axis(axes: Axes, label: str = _STEPS, ticks: int = 6) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(label)
 
 
-def _legend(made: Figure, handles: Sequence[Any], columns: int = 5) -> None:
+def _legend(made: Figure, handles: Sequence[Any], columns: int = 5, xlabel: str = "") -> None:
+    """A legend below everything, and between it and the panels their common label."""
+    columns = max(1, min(columns, len(handles)))
+    height = float(made.get_size_inches()[1])
+    legend = 0.06 + 0.17 * -(-len(handles) // columns)
+    bottom = (legend + (0.18 if xlabel else 0)) / height
+    engine = made.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, bottom, 1, 1 - bottom))
     if handles:
-        made.legend(
-            handles=handles, loc="outside lower center", ncols=min(columns, len(handles)) or 1
-        )
+        made.legend(handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2)
+    if xlabel:
+        made.text(0.5, (legend + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
 
 
 def _line(look: Look, label: str) -> Line2D:
@@ -258,8 +277,8 @@ def _wide(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.pivot_table(index="run", columns="step", values="value")
 
 
-def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float = 1.8) -> None:
-    """Every run thin, unfinished ones dotted; the mean of the finished bold, with its interval."""
+def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
+    """Every run thin, unfinished ones dotted; the mean of the finished bold, maybe with a band."""
     for _, run in rows.groupby("run"):
         series = run.groupby("step")["value"].mean()
         unfinished = not bool(run["finished"].iloc[0])
@@ -276,7 +295,7 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float = 1.8) -
         return
     steps = finished.columns.to_numpy()
     mean, low, high = stats.mean_interval(finished.to_numpy())
-    if np.isfinite(low).any():
+    if band and np.isfinite(low).any():
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
     axes.plot(steps, mean, color=look.colour, linestyle=look.dash, linewidth=bold)
 
@@ -295,10 +314,7 @@ def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
     return handles + ([] if rows["finished"].all() else [_UNFINISHED])
 
 
-_CURVE_ESTIMATOR = (
-    "Thin lines: every seed (dotted: unfinished run). Bold: mean over the finished seeds, with the "
-    f"95 % t interval of the mean from {stats.MIN_SEEDS} seeds on."
-)
+_CURVE_ESTIMATOR = "Thin lines: every seed (dotted: unfinished run). Bold: mean of the finished."
 
 
 @figure("learning_curves")
@@ -309,7 +325,7 @@ def learning_curves(section: Section) -> Drawing:
     made = _new(3.4)
     axes = made.subplots()
     for label in section.labels:
-        _draw_curve(axes, rows[rows["label"] == label], styles[label], bold=2.2)
+        _draw_curve(axes, rows[rows["label"] == label], styles[label], 2.2, band=True)
     for name, rates in section.references.iterrows():
         level = float(rates.mean())
         axes.axhline(level, color="#8a8a8a", linewidth=0.9, linestyle=(0, (2, 2)))
@@ -325,7 +341,7 @@ def learning_curves(section: Section) -> Drawing:
             color="#666666",
         )
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(1, int(rows["step"].max())))
     axes.set_ylabel("success rate, mean over tasks")
     _steps_axis(axes)
     _title(made, "Learning curves", section)
@@ -336,7 +352,8 @@ def learning_curves(section: Section) -> Drawing:
         figure=made,
         caption=section.caption(
             "Success rate of the deterministic policy at each evaluation, mean over tasks. "
-            f"{_CURVE_ESTIMATOR} Dashed grey: reference policies, where recorded."
+            f"{_CURVE_ESTIMATOR} Band: 95 % t interval of that mean, from {stats.MIN_SEEDS} seeds "
+            "on. Dashed grey: reference policies, where recorded."
         ),
         data=means.reset_index(name="success"),
     )
@@ -349,7 +366,7 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
     for _, task, axes in cells:
         of_task = rows[rows["task"] == task]
         for label in section.labels:
-            _draw_curve(axes, of_task[of_task["label"] == label], styles[label], bold=1.4)
+            _draw_curve(axes, of_task[of_task["label"] == label], styles[label], 1.4, band=False)
         if metric == "success":
             axes.set_ylim(-0.04, 1.04)
             axes.set_yticks([0, 0.5, 1])
@@ -357,7 +374,7 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _title(made, words, section)
-    _legend(made, _curve_handles(section, rows))
+    _legend(made, _curve_handles(section, rows), xlabel=_STEPS)
     scale = "" if metric == "success" else " Every panel has a vertical scale of its own."
     return Drawing(
         title=words,
@@ -470,7 +487,7 @@ def stages(section: Section) -> Drawing:
                 step, new, shapes[cause], color="#222222", markersize=3.5, alpha=0.8, mew=0
             )
     for _, _, axes in cells:
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, high - 2), max(high, low + 2))
     styles = _looks(section)
@@ -479,7 +496,7 @@ def stages(section: Section) -> Drawing:
         Line2D([], [], color="#222222", linestyle="", marker=shapes[c], markersize=4, label=c)
         for c in causes
     ]
-    _legend(made, handles, columns=4)
+    _legend(made, handles, columns=4, xlabel=_STEPS)
     return Drawing(
         title="Stage of each task",
         figure=made,
@@ -505,7 +522,7 @@ def route_temperature(section: Section) -> Drawing:
     for _, _, axes in cells:
         axes.yaxis.set_major_locator(MaxNLocator(3))
     styles = _looks(section)
-    _legend(made, [_line(styles[label], label) for label in _labels_of(runs)])
+    _legend(made, [_line(styles[label], label) for label in _labels_of(runs)], xlabel=_STEPS)
     return Drawing(
         title="Route temperature",
         figure=made,
@@ -549,7 +566,7 @@ def _modules(section: Section) -> pd.DataFrame:
 
 @figure("modules_used")
 def modules_used(section: Section) -> Drawing:
-    """Modules used per task, every seed a point, the mean a bar across it."""
+    """Modules used per task, every seed a point, their mean outlined."""
     rows = _modules(section)
     styles = _looks(section)
     labels = sorted(set(rows["label"]), key=order_key)
@@ -573,10 +590,12 @@ def modules_used(section: Section) -> Drawing:
         axes.scatter(
             means.loc[order, label],
             np.arange(len(order)) + offset,
-            s=55,
+            s=42,
             color=look.colour,
-            marker="|",
-            linewidths=2.4,
+            marker=look.marker,
+            edgecolors="#222222",
+            linewidths=0.7,
+            zorder=3,
             label=_short(label, 60),
         )
     axes.set_yticks(range(len(order)), [_task(str(task)) for task in order])
@@ -591,7 +610,7 @@ def modules_used(section: Section) -> Drawing:
         caption=section.caption(
             "Modules that reach the action head. Of genotypes: through weights above 0.01 in the "
             "best genotype at the end of training; of routes: mean over states of the final "
-            "evaluation. Points: seeds; bars: their mean. Tasks sorted by the overall mean.",
+            "evaluation. Pale points: seeds; outlined: their mean. Tasks ordered by the means.",
             labels,
         ),
         data=rows,
@@ -606,9 +625,7 @@ def modules_difference(section: Section) -> Drawing:
     for origin, usual in (("genotype", "mega"), ("routes", "d2r")):
         labels = sorted(set(rows.loc[rows["origin"] == origin, "label"]), key=order_key)
         if not labels:
-            raise MissingError(
-                f"needs a finished run of MEGA and one of D2R; there is none with {origin}"
-            )
+            raise MissingError(f"needs finished runs of MEGA and of D2R; none has {origin}")
         sides.append(usual if usual in labels else labels[0])
     ours, theirs = sides
     means = rows.groupby(["label", "task"])["modules"].mean().unstack("label")
@@ -622,7 +639,7 @@ def modules_difference(section: Section) -> Drawing:
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.axvline(mean, color="#222222", linewidth=1.2, linestyle=(0, (4, 2)))
     axes.annotate(
-        f"mean {mean:+.1f}",
+        f"mean {mean:+.1f}".replace("-", "−"),
         (mean, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(3, 1),
@@ -662,7 +679,7 @@ def weight_intervals(section: Section) -> Drawing:
     made = _new(2.5)
     panels = made.subplots(1, 2, sharey=True)
     for axes, column, name, colour in zip(
-        panels, (1, 3), ("Softmax", "HalfSoftmax"), ("#0072B2", "#D55E00"), strict=True
+        panels, (1, 3), ("Softmax", "HalfSoftmax"), ("#44AA99", "#332288"), strict=True
     ):
         axes.vlines(table[:, 0], table[:, column], table[:, column + 1], color=colour, linewidth=5)
         for edge in (column, column + 1):
@@ -728,17 +745,21 @@ def genotype_map(section: Section) -> Drawing:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_xlabel("t-SNE 1", fontsize=7)
-        axes.set_ylabel("t-SNE 2", fontsize=7)
+        axes.set_ylabel("t-SNE 2" if axes in grid[:, 0] else "", fontsize=7)
     handles = [
         Line2D([], [], linestyle="", marker=m, color=c, markersize=4, label=_task(name))
         for name, (c, m) in zip(section.tasks, palette, strict=True)
     ]
-    made.legend(
-        handles=handles,
-        loc="outside right center",
-        ncols=1 if len(handles) <= 25 else 2,
-        fontsize=7 if len(handles) <= 25 else 6,
-    )
+    few = len(handles) <= 12
+    if few and grid.size > len(embedded):
+        grid.flat[len(embedded)].legend(handles=handles, loc="center left")
+    else:
+        made.legend(
+            handles=handles,
+            loc="outside right center",
+            ncols=-(-len(handles) // 25),
+            fontsize=7 if few else 6,
+        )
     _title(made, f"Genotypes by task ({_short(first[0].label, 30)})", section)
     clarity = "; ".join(
         f"seed {run.seed}: {map_.silhouette_task:.2f} by task, "

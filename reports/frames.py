@@ -36,6 +36,7 @@ _ROW = {"run": "", "suite": "", "algorithm": "", "seed": -1, "step": 0}
 METRIC_COLUMNS = _ROW | {"kind": "", "task": "", "metric": "", "value": np.nan, "count": np.nan}
 TIMING_COLUMNS = _ROW | {"section": "", "seconds": np.nan}
 
+_NO_TASK = ("", "all")
 REFERENCES = ("expert", "random")
 """Policies that nobody trained; they are yardsticks, never contestants."""
 
@@ -333,9 +334,9 @@ class Section:
 
 
 def _task_order(results: Results, suite: str, metrics: pd.DataFrame) -> tuple[str, ...]:
-    names = [name for name in pd.unique(metrics["task"]) if name not in ("", "all")]
-    stated = results.tasks.get(suite, ())
-    return (*stated, *(str(name) for name in names if name not in stated))
+    candidates = [*results.tasks.get(suite, ()), *pd.unique(metrics["task"])]
+    # Rows about all tasks together carry no task name, or none that is text.
+    return tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in _NO_TASK))
 
 
 def _references(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:

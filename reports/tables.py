@@ -75,6 +75,13 @@ def mean_std_cell(mean: float, std: float) -> str:
     return f"{rate(mean)} ± {std:.2f}" if np.isfinite(std) else rate(mean)
 
 
+def p_cell(p: float) -> str:
+    """A p value to three places."""
+    if not np.isfinite(p):
+        return ABSENT
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def interval_cell(estimate: stats.Estimate, signed: bool = False) -> str:
     """``0.81 [0.76, 0.86]``; without an interval the value alone."""
     sign = "+" if signed else ""
@@ -294,7 +301,7 @@ def comparison_table(section: Section) -> Table:
             f"{reference} − {c.other}",
             interval_cell(c.difference.estimate, signed=True),
             c.difference.method,
-            f"{c.adjusted_p:.3f}" if np.isfinite(c.adjusted_p) else ABSENT,
+            p_cell(c.adjusted_p),
             interval_cell(c.improvement),
             f"{c.seeds[0]} / {c.seeds[1]}",
             c.verdict,
@@ -363,6 +370,7 @@ def compute(section: Section) -> Table:
     last = timing.sort_values("step").groupby(["run", "section"])["seconds"].last().unstack()
     column = "mt50_millions" if section.suite.startswith("mt50") else "mt10_millions"
     counts = published("parameters").set_index("algorithm")[column]
+    measured = [name for name in SHARES if name in last and last[name].notna().any()]
     rows, data = [], []
     for label in section.labels:
         runs = section.runs[section.runs["label"] == label].set_index("run")
@@ -386,10 +394,8 @@ def compute(section: Section) -> Table:
                 f"{seconds:,.0f}" if np.isfinite(seconds) else ABSENT,
                 f"{speed:,.0f}" if np.isfinite(speed) else ABSENT,
                 f"{updates:,.1f}" if np.isfinite(updates) else ABSENT,
-                *(f"{100 * s:.1f}" if np.isfinite(s) else ABSENT for s in shares),
-                _millions(actor),
-                _millions(critic),
-                _millions(actor + critic),
+                *(f"{100 * s:.1f}" if np.isfinite(s) else ABSENT for s in shares[measured]),
+                f"{_millions(actor)} + {_millions(critic)}",
                 _millions(known),
             )
         )
@@ -428,10 +434,8 @@ def compute(section: Section) -> Table:
             "Seconds",
             "Steps/s",
             "Updates/s",
-            *(f"{name.capitalize()} %" for name in SHARES),
-            "Actor M",
-            "Critic M",
-            "Sum M",
+            *(f"{name.capitalize()} %" for name in measured),
+            "Actor + critic M",
             "Published M",
         ),
         rows=rows,
@@ -534,11 +538,9 @@ def run_table(results: Results) -> Table:
     rows = [
         (
             row["run"],
-            row["suite"],
             row["label"],
             str(row["seed"]),
             row["state"],
-            row["preset"],
             f"{row['step']:,} / {row['steps_per_task']:,}",
             rate(row["latest"]),
             f"{row['seconds'] / 3600:.2f}" if np.isfinite(row["seconds"]) else ABSENT,
@@ -550,11 +552,9 @@ def run_table(results: Results) -> Table:
         title="Runs",
         columns=(
             "Run",
-            "Suite",
             "Algorithm",
             "Seed",
             "State",
-            "Preset",
             "Steps per task",
             "Latest evaluation",
             "Hours",
