@@ -118,7 +118,9 @@ def read_grid(path: Path, **given: Any) -> list[Request]:
                     algorithms=_words(merged["algos"], place, "algos"),
                     suites=_words(merged["suite"], place, "suite"),
                     seeds=parse_seeds(
-                        ",".join(map(str, seeds)) + "," if isinstance(seeds, list) else str(seeds)
+                        ",".join(f"{seed}-{seed}" for seed in seeds)
+                        if isinstance(seeds, list)
+                        else str(seeds)
                     ),
                     preset=str(merged["preset"]),
                     overrides=_flatten(merged["set"]),

@@ -61,6 +61,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def shown_commands() -> list[str]:
+    from bench.cli import app
+
+    return [info.name or info.callback.__name__ for info in app.registered_commands]  # type: ignore[union-attr]
+
+
 def test_help_needs_no_torch_and_names_every_command() -> None:
     code = (
         "import sys, bench.cli as c; from typer.testing import CliRunner;"
