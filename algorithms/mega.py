@@ -1,0 +1,893 @@
+"""MEGA: every task grows its own network out of shared modules, wired by a binary genotype.
+
+"Model Evolution Framework with Genetic Algorithm for Multi-Task Reinforcement Learning",
+arXiv 2502.13569. Genotypes, their weights and the genetic algorithm are in `algorithms.genetic`
+(Eq. 5-9, Alg. 1-5); here are the network that they wire (Sec. 4.1), the growth of a task's stage
+(Sec. 4.4), and which genotype acts, learns and is evaluated (Sec. 4.3).
+
+Symbols: a task at *stage* N owns genotypes that wire the modules M_1 .. M_N; m_k is the output of
+M_k, m_0 the embedded state, w_{i,j} the weight with which M_i reads m_j. T tasks, B rows per task,
+W the width of every m, P genotypes per task.
+
+    m_0 = embedding(s)                                                              (Eq. 3)
+    m_i = M_i(sum_{j<i} w_{i,j} m_j)                                                (Eq. 4)
+    pi(a|s): mean and log std = head(sum_{j<=N} w_{N+1,j} m_j)                      (Sec. 4.1)
+    w_{i,j} = HalfSoftmax(d_{i,0} .. d_{i,i-1})_j                                   (Eq. 7-9)
+    fitness of a genotype: the returns of the training episodes that it ran         (Sec. 4.3)
+    stage N -> N + 1 where a task is neither solved nor making progress             (Sec. 4.4)
+
+The task enters the actor through its genotype alone. Critics are D2R's (`algorithms.routing`).
+
+**Departures** and readings where the paper is silent; those of the genetic algorithm are listed in
+`algorithms.genetic`.
+
+ 1. The head counts as the last level of a genotype: its row follows that of M_N.
+ 2. The trigger of growth is not published. Ours, over a window of a task's training episodes: its
+    success rate is below ``solved_threshold`` and its mean return grew by less than
+    ``progress_threshold`` of the previous window's. One window of rest follows (`Evolution`).
+ 3. A module that no task reaches is not there: it is appended, freshly drawn, when the first
+    task's stage reaches it, so the method has no largest size; ``max_stage`` guards memory alone.
+ 4. Which genotype drives an update is not published: each update draws one per task as episodes
+    do, and uses it at s and s' (``update_genotype``, ``target_genotype``).
+ 5. Evaluation runs each task's best genotype with the mean action and touches no population.
+ 6. D2R's critics draw routes for their own loss, at temperatures balanced by alpha, and take the
+    largest logits otherwise, as in D2R's code.
+ 7. Only weights that are exactly zero in float32 are skipped. With rows of different genotypes in
+    one task (``update_genotype=behaviour``, several environments) all of a task's rows run the
+    modules of its deepest one: padding, which computes what the others weight by zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from algorithms.agent import Action, AgentConfig, Batch, Plan
+from algorithms.genetic import (
+    Align,
+    Community,
+    GeneticSettings,
+    Growth,
+    Weighting,
+    modules_used,
+    weight_intervals,
+    weight_matrix,
+)
+from algorithms.nn import Init, Linear, TaskLinear, draw, initialise, mlp
+from algorithms.routing import RoutedNetwork, route_temperature
+from algorithms.sac import SAC, Extras, Phase, SACConfig
+from suites.base import Episode, SuiteSpec, stream
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+MT10 = 10
+"""Suites of at most so many tasks take the paper's values for MT10, others those for MT50."""
+
+
+class MEGAConfig(SACConfig):
+    """Settings of MEGA. What none means is decided by the suite and the length of the run."""
+
+    # Network (Sec. 4.1, Table 2)
+    width: Annotated[int, Field(ge=1)] = 400
+    """W: units of both embedding layers, of every module's input and output (Table 2)."""
+    module_width: Annotated[int, Field(ge=1)] = 128
+    """Units inside a module (Table 2, "module size"); the critic's modules alike."""
+    weights: Weighting = "half_softmax"
+    """From decimals to weights: HalfSoftmax (Eq. 7-9), or Softmax, its ablation (Sec. 5.4)."""
+    offset: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """What HalfSoftmax subtracts from each e^d (Eq. 7)."""
+    residual: bool = False
+    """m_i = x + M_i(x) instead of M_i(x) (Eq. 4)."""
+    task_identity: Literal["genotype", "embedding", "head"] = "genotype"
+    """How the actor knows the task: by its genotype alone (Eq. 3), a learned vector of each task
+    added to m_0, or a head of its own for each task."""
+
+    # Genotypes and genetic algorithm (Sec. 4.2 and 4.3, Table 3, Alg. 1-5)
+    precision: Annotated[int, Field(ge=1, le=8)] | None = None
+    """p_w, bits per weight; none: 2 up to ten tasks, 4 above (Table 3)."""
+    population_size: Annotated[int, Field(ge=2)] | None = None
+    """N_P, genotypes per task; none: 3 up to ten tasks, 4 above (Table 3)."""
+    max_evaluate_times: Annotated[int, Field(ge=1)] = 2
+    """Episodes per genotype of a generation (Table 3)."""
+    generation: Literal["episodes", "all_twice"] = "episodes"
+    """What ends a generation: N_P x max_evaluate_times episodes, or so many of each genotype."""
+    fitness: Literal["generation", "running_mean", "last"] = "generation"
+    """Mean return of this generation, of the genotype's life, or the latest (Sec. 4.3)."""
+    best_selection_prob: Rate = 0.5
+    """How often the best is taken once all are evaluated; otherwise one uniformly (Sec. 4.3)."""
+    optimise: Literal["genetic", "random"] = "genetic"
+    """``random``: each generation is drawn anew, without elite (Sec. 5.4, Fig. 8)."""
+    abandon_rate: Rate = 0.5
+    """r_a of Alg. 1, not published: 2 of 3 and 2 of 4 are dropped."""
+    parents: Literal["survivors", "before_drop"] = "survivors"
+    """Parents are chosen after the worst are dropped (the order of Alg. 1) or before."""
+    clones: Literal["mutate", "keep"] = "mutate"
+    """A child equal to a living genotype of its task is mutated until it differs, or kept."""
+    crossover_rate: Rate = 0.5
+    """r_c (Table 3, Alg. 3)."""
+    crossover_cross_threshold: Rate = 0.9
+    """tau_cp_c (Table 3, Alg. 2)."""
+    align: Align = "front"
+    """Parents of different stages are aligned at their first bit (Alg. 3) or by segments."""
+    mutation_rate: Rate = 0.15
+    """r_m (Table 3, Alg. 5)."""
+    mutation_cross_threshold: Rate = 0.95
+    """tau_cp_m (Table 3, Alg. 4)."""
+    mutation_best_threshold: Rate = 0.5
+    """tau_b_m (Table 3, Alg. 4)."""
+
+    # Model evolution (Sec. 4.4)
+    start_stage: Annotated[int, Field(ge=1)] = 3
+    """Stage of every task at the start (Table 3)."""
+    evolve: bool = True
+    """Whether stages increase; otherwise all tasks stay at the start stage (Sec. 5.4, Fig. 9)."""
+    max_stage: Annotated[int, Field(ge=1)] = 24
+    """No task grows beyond this stage; not in the paper, a guard of memory."""
+    window: Annotated[int, Field(ge=1)] | None = None
+    """Training episodes of a task over which its growth is decided (Departure 2). None: a 20th of
+    those after the warm-up, and no less than a generation; that is 374 for the paper's MT10."""
+    solved_threshold: Rate = 0.5
+    """Success rate in a window from which a task counts as completed (Departure 2)."""
+    progress_threshold: float = 0.1
+    """Relative growth of the mean return, window over window, that counts as significant progress
+    (Departure 2)."""
+    growth: Growth = "random"
+    """Genotypes of a new stage are random (Sec. 4.4), or extend or preserve the old ones."""
+    replace: Literal["at_optimise", "at_once"] = "at_optimise"
+    """When genotypes of the old stage go: at the next optimisation (Sec. 4.4) or at once."""
+
+    # Learning (Sec. 4.3, 5.3)
+    update_genotype: Literal["population", "behaviour", "best"] = "population"
+    """Genotype of an update: one of the population as for an episode, that which acted in the
+    transition (stored with it), or the best (Departure 4)."""
+    target_genotype: Literal["same", "best"] = "same"
+    """Genotype at s': the same as at s, or the best (Departure 4)."""
+    critic: Literal["module_level", "mlp"] = "module_level"
+    """D2R's critics (Sec. 4.3), or plain ones that are told the task, as MT-SAC's."""
+    critic_modules: Annotated[int, Field(ge=2)] = 16
+    """Modules of a module-level critic (D2R Table 7)."""
+    critic_top_k: Annotated[int, Field(ge=1)] = 2
+    """Sources that each of its modules reads (D2R Sec. 3.1)."""
+    router_width: Annotated[int, Field(ge=1)] = 256
+    """Units of its router's two hidden layers (D2R Table 7)."""
+    depth: Annotated[int, Field(ge=1)] = 5
+    """Hidden layers of a plain critic (D2R Table 2, MT-SAC)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.genetic(self.population_size or 3, self.precision or 2)  # raises if it is not
+        if self.weights == "softmax":
+            self._unused("offset", because="weights is softmax")
+        if self.critic == "mlp":
+            self._unused("critic_modules", "critic_top_k", because="the critic is an mlp")
+        if not self.evolve:
+            self._unused(
+                "max_stage", "window", "solved_threshold", "progress_threshold", "growth",
+                "replace", because="evolve is false",
+            )  # fmt: skip
+        elif self.start_stage > self.max_stage:
+            raise ValueError(f"start_stage {self.start_stage} exceeds max_stage {self.max_stage}")
+        if self.optimise == "random":
+            self._unused(
+                "abandon_rate", "parents", "clones", "crossover_rate", "align", "mutation_rate",
+                "crossover_cross_threshold", "mutation_cross_threshold", "mutation_best_threshold",
+                because="optimise is random",
+            )  # fmt: skip
+        return self
+
+    def _unused(self, *names: str, because: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect: {because}")
+
+    def genetic(self, population_size: int, precision: int) -> GeneticSettings:
+        """The genetic algorithm's part of these settings."""
+        return GeneticSettings(
+            population_size=population_size,
+            precision=precision,
+            max_evaluate_times=self.max_evaluate_times,
+            generation=self.generation,
+            fitness=self.fitness,
+            best_selection_prob=self.best_selection_prob,
+            optimise=self.optimise,
+            abandon_rate=self.abandon_rate,
+            parents=self.parents,
+            clones=self.clones,
+            crossover_rate=self.crossover_rate,
+            crossover_cross_threshold=self.crossover_cross_threshold,
+            align=self.align,
+            mutation_rate=self.mutation_rate,
+            mutation_cross_threshold=self.mutation_cross_threshold,
+            mutation_best_threshold=self.mutation_best_threshold,
+            growth=self.growth,
+            replace=self.replace,
+        )
+
+    def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
+        """With precision, population size and window decided."""
+        large = suite.num_tasks > MT10
+        population = self.population_size or (4 if large else 3)
+        values = self.model_dump() | {
+            "precision": self.precision or (4 if large else 2),
+            "population_size": population,
+        }
+        if self.evolve and self.window is None:
+            counted = (plan.steps_per_task - plan.warmup_steps) // plan.horizon
+            values["window"] = max(counted // 20, population * self.max_evaluate_times)
+        return type(self)(**values)
+
+
+class MEGA(SAC):
+    """Genotype module-level actor, genetic algorithm and model evolution on multi-task SAC."""
+
+    Config = MEGAConfig
+    config: MEGAConfig
+    PAPER: ClassVar[str] = "MEGA: model evolution framework with genetic algorithm, 2502.13569"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "softmax": {"weights": "softmax"},
+        "no_ga": {"optimise": "random"},
+        "fixed{start_stage}": {"evolve": False},
+        "stage{start_stage}": {},
+        "precision{precision}": {},
+        "population{population_size}": {},
+        "offset0.9": {"offset": 0.9},
+        "offset0.999": {"offset": 0.999},
+        "offset1": {"offset": 1.0},
+        "growth_preserve": {"growth": "preserve"},
+        "growth_extend": {"growth": "extend"},
+        "replace_at_once": {"replace": "at_once"},
+        "update_best": {"update_genotype": "best"},
+        "update_behaviour": {"update_genotype": "behaviour"},
+        "target_best": {"target_genotype": "best"},
+        "critic_mlp": {"critic": "mlp"},
+        "authors": {"time_limit": "terminal", "warmup_steps": 4000},
+    }
+
+    actor: GenotypeNetwork
+
+    def __init__(
+        self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
+    ) -> None:
+        super().__init__(suite, config.for_run(suite, plan), plan, seed=seed, device=device)
+        config = self.config
+        assert config.precision is not None
+        assert config.population_size is not None
+        tasks = suite.num_tasks
+        self.precision = config.precision
+        self.community = Community(
+            [config.start_stage] * tasks,
+            config.genetic(config.population_size, self.precision),
+            np.random.default_rng(stream(seed, "genetic")),
+        )
+        self.evolution = (
+            None if config.window is None else
+            Evolution(tasks, config.window, config.solved_threshold, config.progress_threshold)
+        )  # fmt: skip
+        self.decoder = Decoder(self.community, config.weights, config.offset, self.device)
+        self.steps = 0
+        """Training steps of each task so far."""
+        self.stage_events: list[list[int]] = []
+        """Rows (step, task, old stage, new stage, index into CAUSES)."""
+        self.warming: set[tuple[int, int]] = set()
+        """(task, env) whose episode under way began in the warm-up."""
+        self.seconds["genetic"] = 0.0
+        self._flying_wiring: Wiring | None = None
+        self._best_wiring: Wiring | None = None
+        self._flying_ids = np.zeros((tasks, 0), dtype=np.int32)
+        self._drawn: dict[str, Wiring] = {}
+        if config.update_genotype == "behaviour":
+            self.extras_spec = {"genotype": ((), "int32")}
+        self._balance_routes()
+
+    # --------------------------------------------------------------------------------- networks
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action."""
+        config, suite = self.config, self.suite
+        return GenotypeNetwork(
+            suite.obs_dim, 2 * suite.action_dim, config.start_stage,
+            tasks=suite.num_tasks, width=config.width, module_width=config.module_width,
+            residual=config.residual, task_identity=config.task_identity,
+        )  # fmt: skip
+
+    def make_critic(self) -> nn.Module:
+        """[s, a] -> Q, twice."""
+        config, tasks = self.config, self.suite.num_tasks
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        if config.critic == "mlp":
+            return mlp(
+                inputs, [config.width] * config.depth, 1,
+                copies=2, one_hot=tasks, layer_norm=config.critic_layer_norm,
+            )  # fmt: skip
+        return RoutedNetwork(
+            inputs, 1, tasks,
+            copies=2, width=config.width, module_width=config.module_width,
+            router_width=config.router_width, modules=config.critic_modules,
+            top_k=config.critic_top_k, layer_norm=config.critic_layer_norm,
+        )  # fmt: skip
+
+    def value(self, critic: nn.Module, obs: Tensor, action: Tensor, phase: Phase) -> Tensor:
+        """Q1 and Q2; module-level critics draw routes for their own loss (Departure 6)."""
+        if not isinstance(critic, RoutedNetwork):
+            return super().value(critic, obs, action, phase)
+        route: Literal["sample", "top_k"] = "sample" if phase == "value" else "top_k"
+        q: Tensor = critic(torch.cat([obs, action], -1)[None], route, self.noise)[0]
+        return q
+
+    def after_update(self) -> None:
+        """Refresh the critics' route temperatures."""
+        self._balance_routes()
+
+    @torch.no_grad()
+    def _balance_routes(self) -> None:
+        for critic in (self.critic, self.target_critic):
+            if isinstance(critic, RoutedNetwork):
+                tau = route_temperature(self.log_alpha)
+                critic.temperature.copy_(tau.expand_as(critic.temperature))
+
+    # --------------------------------------------------------------------- which genotype is used
+
+    def act(self, obs: np.ndarray, explore: bool) -> Action:
+        """As SAC; exploring with each environment's genotype, greedy with each task's best."""
+        action = super().act(obs, explore)
+        if explore:
+            self.steps += obs.shape[1]
+        return action
+
+    def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
+        """Gaussian parameters (T, B, 2A) under the phase's genotypes."""
+        stored: Extras = {}
+        if phase == "explore":
+            wiring = self._flying(obs.shape[1])
+            if self.extras_spec:
+                stored = {"genotype": torch.from_numpy(self._flying_ids)}
+        elif phase == "exploit":
+            wiring = self._best()
+        else:
+            wiring = self._drawn[phase]
+        output: Tensor = self.actor(obs[None], wiring)
+        return output[0], stored
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """The shared update under genotypes that are drawn once, for s and s' (Departure 4)."""
+        tasks = range(self.suite.num_tasks)
+        if self.config.update_genotype == "behaviour":
+            drawn = self.decoder(batch.extras["genotype"].cpu().numpy())
+        elif self.config.update_genotype == "population":
+            with self._genetic():
+                ids = [[self.community.draw(task).id] for task in tasks]
+            drawn = self.decoder(np.array(ids))
+        else:
+            drawn = self._best()
+        same = self.config.target_genotype == "same"
+        self._drawn = {"policy": drawn, "target": drawn if same else self._best()}
+        return super().update(batch)
+
+    def _flying(self, envs: int) -> Wiring:
+        """The genotypes under way in each task's environments."""
+        if self._flying_wiring is None:
+            self._flying_ids = np.array(
+                [
+                    [self.community.in_flight(task, env).id for env in range(envs)]
+                    for task in range(self.suite.num_tasks)
+                ],
+                dtype=np.int32,
+            )
+            self._flying_wiring = self.decoder(self._flying_ids)
+        return self._flying_wiring
+
+    def _best(self) -> Wiring:
+        """Each task's best genotype."""
+        if self._best_wiring is None:
+            ids = [[self.community.best(task).id] for task in range(self.suite.num_tasks)]
+            self._best_wiring = self.decoder(np.array(ids))
+        return self._best_wiring
+
+    def _forget(self) -> None:
+        """Populations or episodes changed: wirings made of them no longer hold."""
+        self._flying_wiring = self._best_wiring = None
+
+    # ---------------------------------------------------------------------- evolution and growth
+
+    @contextmanager
+    def _genetic(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds["genetic"] += time.perf_counter() - started
+
+    def on_episode_start(self, task: int, env: int) -> None:
+        """Take a genotype for the episode (Sec. 4.3)."""
+        warmup = self.steps < self.plan.warmup_steps
+        with self._genetic():
+            self.community.ask(task, env, warmup)
+        (self.warming.add if warmup else self.warming.discard)((task, env))
+        self._forget()
+
+    def on_episode_end(self, episode: Episode) -> None:
+        """Credit the genotype with its return; grow the task if it is stuck (Sec. 4.4)."""
+        task, env = episode.task, episode.env
+        with self._genetic():
+            # First the growth: if this episode completes a generation, its offspring are longer.
+            if self.evolution is not None and (task, env) not in self.warming:
+                cause = self.evolution.record(task, episode.return_, episode.success)
+                if cause is not None and self.community.stage[task] < self.config.max_stage:
+                    self._lengthen(task, cause)
+            self.community.tell(task, env, episode.return_)
+        self._forget()
+
+    def _lengthen(self, task: int, cause: int) -> None:
+        stage = self.community.lengthen(task)
+        self.stage_events.append([self.steps, task, stage - 1, stage, cause])
+        self._append_modules(stage)
+
+    def _append_modules(self, stage: int) -> None:
+        """Give the actor fresh modules up to M_stage (Departure 3); others keep Adam's state."""
+        while len(self.actor.stack) < stage:
+            module = self.actor.append()
+            initialise(module, self.config.init, self.init_generator)
+            module.to(self.device)
+            self.actor_optimizer.param_groups[0]["params"].extend(module.parameters())
+
+    # ------------------------------------------------------------------------------------ records
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """Stages, their increases, populations, modules used, and the reachable weights."""
+        stage = self.community.stage
+        used = [
+            modules_used(self.decoder.matrix(self.community.best(task).bits))
+            for task in range(self.suite.num_tasks)
+        ]
+        return {
+            "stage": stage.copy(),
+            "stage_events": np.array(self.stage_events, dtype=np.int64).reshape(-1, 5),
+            "cause_names": np.array(CAUSES),
+            **self.community.probe(),
+            "modules_used": np.array(used, dtype=np.float64),
+            "weight_intervals": weight_intervals(
+                int(stage.max()) + 1, self.precision, self.config.offset
+            ),
+            "precision": np.array(self.precision),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """SAC's state, the populations and the windows of growth."""
+        evolution = None if self.evolution is None else self.evolution.state_dict()
+        genetic = {
+            "community": self.community.state_dict(),
+            "evolution": evolution,
+            "stage_events": self.stage_events,
+            "warming": sorted(self.warming),
+            "steps": self.steps,
+            "modules": len(self.actor.stack),
+        }
+        return super().state_dict() | {"genetic": json.dumps(genetic)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; raises ValueError if this actor has grown beyond it."""
+        genetic = json.loads(state["genetic"])
+        if len(self.actor.stack) > genetic["modules"]:
+            raise ValueError(
+                f"the state holds {genetic['modules']} modules, this actor already has "
+                f"{len(self.actor.stack)}: load into a new agent"
+            )
+        self._append_modules(genetic["modules"])
+        super().load_state_dict(state)
+        self.community.load_state_dict(genetic["community"])
+        if self.evolution is not None:
+            self.evolution.load_state_dict(genetic["evolution"])
+        self.stage_events = genetic["stage_events"]
+        self.warming = {(task, env) for task, env in genetic["warming"]}
+        self.steps = genetic["steps"]
+        self.decoder.clear()
+        self._forget()
+
+
+CAUSES = ("unsolved, return stalled", "unsolved, return fell")
+"""Why a stage increased."""
+
+
+class Evolution:
+    """Decides after each window of episodes whether a task's stage increases (Sec. 4.4).
+
+    It does if the task was not completed (success rate below ``solved``) and made no significant
+    progress (mean return up by less than the share ``progress`` of the previous window's). The
+    first window has nothing to be compared with; the one after an increase is a rest.
+    """
+
+    def __init__(self, tasks: int, window: int, solved: float, progress: float) -> None:
+        self.window, self.solved, self.progress = window, solved, progress
+        self._episodes = [0] * tasks
+        self._successes = [0] * tasks
+        self._returns = [0.0] * tasks
+        self._previous: list[float | None] = [None] * tasks
+        self._resting = [False] * tasks
+
+    def record(self, task: int, return_: float, success: bool) -> int | None:
+        """Count an episode; an index into `CAUSES` if the stage is to increase now."""
+        self._episodes[task] += 1
+        self._successes[task] += success
+        self._returns[task] += float(return_)
+        if self._episodes[task] < self.window:
+            return None
+        rate, mean = self._successes[task] / self.window, self._returns[task] / self.window
+        previous, resting = self._previous[task], self._resting[task]
+        self._episodes[task], self._successes[task], self._returns[task] = 0, 0, 0.0
+        self._previous[task], self._resting[task] = mean, False
+        if previous is None or resting or rate >= self.solved:
+            return None
+        gain = (mean - previous) / max(abs(previous), 1e-8)
+        if gain >= self.progress:
+            return None
+        self._resting[task] = True
+        return 1 if gain < 0 else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The windows under way, as numbers and lists."""
+        return {
+            "episodes": list(self._episodes),
+            "successes": list(self._successes),
+            "returns": list(self._returns),
+            "previous": list(self._previous),
+            "resting": list(self._resting),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._episodes = list(state["episodes"])
+        self._successes = list(state["successes"])
+        self._returns = list(state["returns"])
+        self._previous = list(state["previous"])
+        self._resting = list(state["resting"])
+
+
+class Wiring(NamedTuple):
+    """Which modules run for which tasks, and what they read."""
+
+    weights: Tensor
+    """(T, G, L, L) for G = 1, or the B rows of each task. Of a task of depth D, row k - 1 weights
+    m_0, m_1, .. (the columns) for M_k, and row D for the head: the last level (Departure 1)."""
+    depth: tuple[int, ...]
+    """(T,) modules of each task, largest first: the order of tasks inside the network."""
+    order: Tensor | None
+    """(T,) which task stands there; None: all in their own place."""
+    place: Tensor | None
+    """(T,) where each task stands; None: all in their own place."""
+    idle: frozenset[int]
+    """Modules that no head is connected with."""
+
+    def reach(self, module: int) -> int:
+        """How many tasks, from the first on, run M_module."""
+        return sum(depth >= module for depth in self.depth)
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Runs of tasks of one depth: first, past the last, depth."""
+        start = 0
+        for stop in range(1, len(self.depth) + 1):
+            if stop == len(self.depth) or self.depth[stop] != self.depth[start]:
+                yield start, stop, self.depth[start]
+                start = stop
+
+
+class Decoder:
+    """Genotypes by number to wirings; each genotype is decoded once."""
+
+    def __init__(
+        self, community: Community, function: Weighting, offset: float, device: torch.device
+    ) -> None:
+        self.community, self.function, self.offset = community, function, offset
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all: the community's numbers mean other genotypes now."""
+        self._known = np.zeros(0, dtype=bool)
+        self._depth = np.zeros(0, dtype=np.int64)
+        self._weights = np.zeros((0, 1, 1), dtype=np.float32)  # laid out as in `Wiring`
+        self._needed = np.zeros((0, 1), dtype=bool)  # column k: is M_k connected with the head?
+
+    def matrix(self, bits: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The weights of a genotype, (N + 1, N + 1), the head's last."""
+        settings = self.community.settings
+        return weight_matrix(bits, settings.precision, self.function, self.offset)
+
+    def __call__(self, numbers: NDArray[np.integer[Any]]) -> Wiring:
+        """The wiring of genotypes (T, G)."""
+        for number in set(numbers.ravel().tolist()):
+            if number >= len(self._known) or not self._known[number]:
+                self._decode(number)
+        depths = self._depth[numbers]  # (T, G)
+        depth = depths.max(1)
+        order = np.argsort(-depth, kind="stable")
+        numbers, depths, depth = numbers[order], depths[order], depth[order]
+        levels = int(depth[0]) + 1
+        weights = self._weights[numbers][..., :levels, :levels]  # a copy
+        needed = self._needed[numbers].any((0, 1))
+        if (depths != depth[:, None]).any():  # shorter genotypes: their heads become the last level
+            task, row = np.ogrid[: numbers.shape[0], : numbers.shape[1]]
+            heads = weights[task, row, depths]
+            weights[task, row, depths] = 0.0
+            weights[task, row, depth[:, None]] = heads
+        moved = bool((order != np.arange(len(order))).any())
+        return Wiring(
+            weights=torch.from_numpy(np.ascontiguousarray(weights)).to(self.device),
+            depth=tuple(depth.tolist()),
+            order=torch.from_numpy(order).to(self.device) if moved else None,
+            place=torch.from_numpy(np.argsort(order)).to(self.device) if moved else None,
+            idle=frozenset(k for k in range(1, levels) if not needed[k]),
+        )
+
+    def _decode(self, number: int) -> None:
+        weights = self.matrix(self.community.table[number]).astype(np.float32)
+        needed = weights[-1] > 0
+        for module in range(len(weights) - 1, 0, -1):
+            if needed[module]:
+                needed |= weights[module - 1] > 0
+        depth = int(np.flatnonzero(needed)[-1])
+        weights[:-1][~needed[1:]] = 0.0
+        weights[depth] = weights[-1]  # what lies between is connected with nothing
+        self._make_room(number + 1, len(weights))
+        levels = depth + 1
+        self._weights[number, :levels, :levels] = weights[:levels, :levels]
+        self._needed[number, :levels] = needed[:levels]
+        self._depth[number] = depth
+        self._known[number] = True
+
+    def _make_room(self, count: int, levels: int) -> None:
+        held, size = self._weights.shape[:2]
+        more = max(count, 2 * held) - held if count > held else 0
+        wider = max(levels - size, 0)
+        if more or wider:
+            self._weights = np.pad(self._weights, ((0, more), (0, wider), (0, wider)))
+            self._needed = np.pad(self._needed, ((0, more), (0, wider)))
+            self._depth = np.pad(self._depth, (0, more))
+            self._known = np.pad(self._known, (0, more))
+
+
+class GenotypeModule(nn.Module):
+    """M_i: W -> module width -> W, ReLU after both (Sec. 4.1, Table 2)."""
+
+    def __init__(self, width: int, module_width: int, *, copies: int) -> None:
+        super().__init__()
+        self.inner = Linear(width, module_width, copies=copies)
+        self.outer = Linear(module_width, width, copies=copies)
+
+
+class TaskEmbedding(nn.Module):
+    """A learned vector of each task."""
+
+    def __init__(self, tasks: int, width: int, *, copies: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(copies, tasks, 1, width))
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw the parameters as those of a linear layer with T inputs and no bias."""
+        _, tasks, _, width = self.weight.shape
+        draw([self.weight], torch.empty(0), tasks, width, False, scheme, generator)
+
+
+class GenotypeNetwork(nn.Module):
+    """Eq. 3 and 4 and the head, for tasks whose genotypes differ in weights and depth.
+
+    Tasks stand in order of depth, so that M_k runs once, on the slice of tasks that reach it: the
+    time of a task is that of its own modules. Modules are evaluated by `_Stack`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        modules: int,
+        *,
+        tasks: int,
+        copies: int = 1,
+        width: int = 400,
+        module_width: int = 128,
+        residual: bool = False,
+        task_identity: Literal["genotype", "embedding", "head"] = "genotype",
+    ) -> None:
+        super().__init__()
+        self.width, self.module_width, self.residual = width, module_width, residual
+        self.copies = copies
+        self.embedding = nn.Sequential(
+            Linear(inputs, width, copies=copies), nn.ReLU(),
+            Linear(width, width, copies=copies), nn.ReLU(),
+        )  # fmt: skip
+        self.task_embedding = (
+            TaskEmbedding(tasks, width, copies=copies) if task_identity == "embedding" else None
+        )
+        self.stack = nn.ModuleList()
+        for _ in range(modules):
+            self.append()
+        self.head: nn.Module = (
+            TaskLinear(tasks, width, outputs, copies=copies, last=True)
+            if task_identity == "head"
+            else Linear(width, outputs, copies=copies, last=True)
+        )
+        self._scratch = _Scratch()
+
+    def append(self) -> nn.Module:
+        """Add the next module, its parameters not yet drawn, and return it."""
+        module = GenotypeModule(self.width, self.module_width, copies=self.copies)
+        self.stack.append(module)
+        self._scratch = _Scratch()  # buffers of the old size will not be asked for again
+        return module
+
+    def forward(self, x: Tensor, wiring: Wiring) -> Tensor:
+        """Outputs (C, T, B, outputs) at x (C or 1, T, B, inputs)."""
+        if wiring.order is not None:
+            x = x.index_select(1, wiring.order)
+        first = self.embedding(x)  # (C, T, B, W), m_0, tasks in the wiring's order from here ...
+        if self.task_embedding is not None:
+            vectors = self.task_embedding.weight
+            first = first + (
+                vectors if wiring.order is None else vectors.index_select(1, wiring.order)
+            )
+        mixed: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
+            first, wiring, self._scratch, self.residual, torch.is_grad_enabled(),
+            *(p for module in self.stack[: wiring.depth[0]] for p in module.parameters()),
+        )  # fmt: skip
+        output: Tensor = self.head(mixed)  # ... to here
+        return output
+
+
+class _Scratch:
+    """Buffers for what lives from a forward pass to its backward pass, used again and again.
+
+    Fresh memory of this size costs more in page faults than the mixing that fills it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """An uninitialised flat buffer with room for ``shape``."""
+        size = math.prod(shape)
+        fitting = [b for b in self._free if b.numel() >= size and b.dtype == like.dtype]
+        if not fitting:
+            return like.new_empty(size)
+        buffer = min(fitting, key=Tensor.numel)
+        self._free = [b for b in self._free if b is not buffer]
+        return buffer
+
+    def give(self, *buffers: Tensor) -> None:
+        """Take buffers back; the caller reads them no more."""
+        self._free.extend(buffers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
+        return _Scratch()
+
+
+class _Stack(torch.autograd.Function):
+    """All modules and the head's mixture, with a backward pass by hand.
+
+    Outputs m_0 .. m_N lie in one buffer ``m`` (L, C, T, B, W), so a mixture is one batched product
+    of weights (1 x i) and outputs (i x B W) for each task. Inputs of M_1 .. M_N lie in ``x``; once
+    the gradients of M_i are taken, its input gives way to the gradient at that input. The head's is
+    the last level: of tasks of depth D, the gradient at their head's input stands in x[D]. So the
+    gradient at m_j is again one product, with the levels after j.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        first: Tensor,
+        wiring: Wiring,
+        scratch: _Scratch,
+        residual: bool,
+        learning: bool,
+        *parameters: Tensor,
+    ) -> Tensor:
+        levels = wiring.depth[0] + 1
+        shape = (levels, *first.shape)
+        buffers = scratch.take(first, shape), scratch.take(first, shape)
+        m, x = (b[: math.prod(shape)].view(shape) for b in buffers)
+        m[0] = first
+        hidden: list[Tensor | None] = []
+        active: list[Tensor | None] = []
+        for i in range(1, levels):
+            n = wiring.reach(i)
+            if i in wiring.idle:
+                m[i, :, :n] = 0
+                hidden.append(None)
+                active.append(None)
+                continue
+            weight_in, bias_in, weight_out, bias_out = parameters[4 * i - 4 : 4 * i]
+            _mix(wiring.weights[:n, :, i - 1, :i], m[:i, :, :n], x[i - 1, :, :n])
+            inputs, outputs = _rows(x[i - 1], n), _rows(m[i], n)
+            h = torch.baddbmm(bias_in, inputs, weight_in).relu_()
+            torch.baddbmm(bias_out, h, weight_out, out=outputs).relu_()
+            hidden.append(h)
+            active.append(outputs > 0 if residual and learning else None)
+            if residual:
+                outputs += inputs
+        mixed = torch.empty_like(first)
+        for a, b, d in wiring.blocks():
+            _mix(wiring.weights[a:b, :, d, : d + 1], m[: d + 1, :, a:b], mixed[:, a:b])
+        if wiring.place is not None:
+            mixed = mixed.index_select(1, wiring.place)
+        if learning:
+            ctx.save_for_backward(*parameters)
+            ctx.wiring, ctx.scratch, ctx.residual = wiring, scratch, residual
+            ctx.buffers, ctx.m, ctx.x, ctx.hidden, ctx.active = buffers, m, x, hidden, active
+        else:
+            scratch.give(*buffers)
+        return mixed
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.buffers is None:
+            raise RuntimeError("the modules' backward pass can run once only")
+        parameters = ctx.saved_tensors
+        wiring: Wiring = ctx.wiring
+        m, x = ctx.m, ctx.x
+        if wiring.order is not None:
+            gradient = gradient.index_select(1, wiring.order)
+        for a, b, d in wiring.blocks():
+            x[d, :, a:b] = gradient[:, a:b]
+
+        def pull(source: int) -> Tensor:
+            """The gradient at m_source, (C, n, B, W), from all levels after it."""
+            pulled = m.new_empty(m.shape[1], wiring.reach(source), *m.shape[3:])
+            for a, b, d in wiring.blocks():
+                if d >= source:
+                    weights = wiring.weights[a:b, :, source : d + 1, source]
+                    _mix(weights, x[source : d + 1, :, a:b], pulled[:, a:b])
+            return pulled
+
+        learned: list[Tensor | None] = [None] * len(parameters)
+        learning = any(ctx.needs_input_grad[5:])
+        for i in range(m.shape[0] - 1, 0, -1):
+            n, h = wiring.reach(i), ctx.hidden[i - 1]
+            if h is None:
+                x[i - 1, :, :n] = 0
+                continue
+            weight_in, _, weight_out, _ = parameters[4 * i - 4 : 4 * i]
+            inputs, outputs = _rows(x[i - 1], n), _rows(m[i], n)
+            arriving = pull(i).flatten(1, 2)  # (C, n B, W)
+            if ctx.active[i - 1] is None:
+                g_out = torch.ops.aten.threshold_backward(arriving, outputs, 0)
+            else:
+                g_out = arriving * ctx.active[i - 1]
+            g_h = torch.bmm(g_out, weight_out.transpose(1, 2))
+            g_h = torch.ops.aten.threshold_backward(g_h, h, 0)
+            if learning:
+                learned[4 * i - 4 : 4 * i] = [
+                    torch.bmm(inputs.transpose(1, 2), g_h), g_h.sum(1, keepdim=True),
+                    torch.bmm(h.transpose(1, 2), g_out), g_out.sum(1, keepdim=True),
+                ]  # fmt: skip
+            torch.bmm(g_h, weight_in.transpose(1, 2), out=inputs)
+            if ctx.residual:
+                inputs += arriving
+        g_first = pull(0) if ctx.needs_input_grad[0] else None
+        ctx.scratch.give(*ctx.buffers)
+        ctx.buffers = ctx.m = ctx.x = None
+        return g_first, None, None, None, None, *learned
+
+
+def _rows(level: Tensor, tasks: int) -> Tensor:
+    """The rows of the first tasks: (C, T, B, W) -> (C, tasks * B, W), a view."""
+    rows = level.shape[2]
+    return level.flatten(1, 2)[:, : tasks * rows]
+
+
+def _mix(weights: Tensor, sources: Tensor, out: Tensor) -> None:
+    """out = sum over the first axis of sources (K, C, n, B, W), weighted (n, G, K), for G | B."""
+    n, groups, k = weights.shape
+    weights = weights.reshape(n * groups, 1, k)
+    for c in range(out.shape[0]):
+        stacked = sources[:, c].reshape(k, n * groups, -1).transpose(0, 1)
+        torch.bmm(weights, stacked, out=out[c].view(n * groups, 1, -1))
