@@ -92,10 +92,10 @@ class RunStore:
             raise StoreError(f"{self.path} is no run directory: it has no spec.json") from None
         except ValueError as error:
             raise StoreError(f"{self.path / 'spec.json'} is damaged: {error}") from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
             raise StoreError(
-                f"{self.path / 'spec.json'} has schema {content.get('schema')!r}; "
-                f"this version reads {SCHEMA}"
+                f"{self.path / 'spec.json'} has schema {schema!r}; this version reads {SCHEMA}"
             )
         return content
 
