@@ -827,8 +827,8 @@ class _Stack(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.buffers is None:
             raise RuntimeError("the modules' backward pass can run once only")
         parameters = ctx.saved_tensors
@@ -841,7 +841,7 @@ class _Stack(torch.autograd.Function):
 
         def pull(source: int) -> Tensor:
             """The gradient at m_source, (C, n, B, W), from all levels after it."""
-            pulled = m.new_empty(m.shape[1], wiring.reach(source), *m.shape[3:])
+            pulled: Tensor = m.new_empty(m.shape[1], wiring.reach(source), *m.shape[3:])
             for a, b, d in wiring.blocks():
                 if d >= source:
                     weights = wiring.weights[a:b, :, source : d + 1, source]

@@ -1,0 +1,581 @@
+"""MEGA's network, growth and choice of genotypes against the paper's equations, written naively."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from algorithms.agent import Batch, Plan
+from algorithms.genetic import Community, GeneticSettings, decode, length, stage_of
+from algorithms.mega import CAUSES, MEGA, Decoder, Evolution, GenotypeNetwork, MEGAConfig
+from algorithms.nn import initialise
+from suites.base import Episode, SuiteSpec
+
+MLP: dict[str, Any] = {"width": 16, "module_width": 8, "critic": "mlp", "depth": 2}
+
+
+def suite_of(tasks: int, horizon: int = 200) -> SuiteSpec:
+    names = tuple(f"task-{task}" for task in range(tasks))
+    return SuiteSpec(name="shape", task_names=names, obs_dim=39, action_dim=4, horizon=horizon)
+
+
+def make(tasks: int = 3, plan: Plan | None = None, seed: int = 0, **settings: Any) -> MEGA:
+    """An agent with an episode begun in environment 0 of each task."""
+    config = MEGAConfig(**(MLP | settings))
+    agent = MEGA(suite_of(tasks), config, plan or Plan(60_000, 200, 0), seed=seed)
+    for task in range(tasks):
+        agent.on_episode_start(task, 0)
+    return agent
+
+
+def batch(agent: MEGA, rows: int = 8, seed: int = 0, **extras: Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    tasks = agent.suite.num_tasks
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(tasks, rows, size, generator=generator)
+
+    zeros = torch.zeros(tasks, rows, 1)
+    return Batch(
+        normal(39), normal(4).tanh(), normal(1), normal(39), zeros, zeros,
+        torch.ones(tasks, 1, 1), extras,
+    )  # fmt: skip
+
+
+def end_episode(agent: MEGA, task: int, return_: float = 0.0, success: bool = False) -> None:
+    """An episode ends in environment 0 of a task, and the next begins."""
+    agent.on_episode_end(Episode(task, 0, return_, success, agent.suite.horizon))
+    agent.on_episode_start(task, 0)
+
+
+def stall(agent: MEGA, task: int, windows: int = 2) -> None:
+    """Episodes without success or progress; two windows of them are one growth."""
+    assert agent.config.window is not None
+    for _ in range(windows * agent.config.window):
+        end_episode(agent, task)
+
+
+def greedy(agent: MEGA, obs: np.ndarray) -> np.ndarray:
+    return agent.act(obs, explore=False).action
+
+
+def observations(tasks: int, rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((tasks, rows, 39), dtype=np.float32)
+
+
+def random_bits(stage: int, precision: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 2, length(stage, precision), dtype=np.uint8)
+
+
+def naive(
+    network: GenotypeNetwork, x: Tensor, bits: list[list[np.ndarray]], precision: int, offset: float
+) -> Tensor:
+    """Eq. 3 and 4, row by row: ``bits[t]`` holds one genotype, or one for each row of task t."""
+    copies, (_, tasks, rows, _) = network.copies, x.shape
+
+    def affine(layer: nn.Module, value: Tensor, c: int) -> Tensor:
+        return value @ layer.weight[c] + layer.bias[c, 0]
+
+    outputs = []
+    for c in range(copies):
+        for t in range(tasks):
+            for b in range(rows):
+                genotype = bits[t][b if len(bits[t]) > 1 else 0]
+                s = x[c if x.shape[0] > 1 else 0, t, b]
+                m = [affine(network.embedding[2], affine(network.embedding[0], s, c).relu(), c)]
+                m[0] = m[0].relu()
+                if network.task_embedding is not None:
+                    m[0] = m[0] + network.task_embedding.weight[c, t, 0]
+                levels = decode(genotype, precision)
+                for i, d in enumerate(levels, start=1):
+                    e = np.exp(d.astype(np.float64)) - offset
+                    w = (e / e.sum()).astype(np.float32) if d.any() else np.full(i, 1 / i, "f4")
+                    read = sum(float(w[j]) * m[j] for j in range(i))
+                    if i == len(levels):
+                        break
+                    module = network.stack[i - 1]
+                    y = affine(module.outer, affine(module.inner, read, c).relu(), c).relu()
+                    m.append(y + read if network.residual else y)
+                if isinstance(network.head.weight, Tensor) and network.head.weight.dim() == 4:
+                    out = read @ network.head.weight[c, t] + network.head.bias[c, t, 0]
+                else:
+                    out = affine(network.head, read, c)
+                outputs.append(out)
+    return torch.stack(outputs).view(copies, tasks, rows, -1)
+
+
+def community(tasks: int, precision: int = 2) -> Community:
+    return Community([1] * tasks, GeneticSettings(precision=precision), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("identity", ["genotype", "embedding", "head"])
+@pytest.mark.parametrize(
+    ("copies", "per_row", "precision", "offset"),
+    [(1, False, 2, 0.99), (1, True, 2, 0.99), (2, False, 3, 1.0), (2, True, 2, 1.0)],
+)
+def test_network_is_eq_3_and_4(
+    residual: bool, identity: Any, copies: int, per_row: bool, precision: int, offset: float
+) -> None:
+    rng = np.random.default_rng(copies + 2 * per_row)
+    stages, rows = [2, 5, 1, 5, 3], 3
+    network = GenotypeNetwork(
+        6, 4, 6, tasks=len(stages), copies=copies, width=5, module_width=4, residual=residual,
+        task_identity=identity,
+    )  # fmt: skip
+    initialise(network, "torch", torch.Generator().manual_seed(1))
+    network.double()
+    members = community(len(stages), precision)
+    bits = [
+        [random_bits(rng.integers(1, s + 1) if k else s, precision, rng)
+         for k in range(rows if per_row else 1)]
+        for s in stages
+    ]  # fmt: skip
+    numbers = np.array([[members.table.add(b) for b in task] for task in bits])
+    wiring = Decoder(members, "half_softmax", offset, torch.device("cpu"))(numbers)
+    wiring = wiring._replace(weights=wiring.weights.double())
+    assert wiring.depth == tuple(sorted(wiring.depth, reverse=True))
+
+    x = torch.randn(1, len(stages), rows, 6, dtype=torch.float64, requires_grad=True)
+    expected = naive(network, x, bits, precision, offset)
+    pull = torch.randn_like(expected)
+    wanted = torch.autograd.grad(
+        expected, [x, *network.parameters()], pull, allow_unused=True, materialize_grads=True
+    )
+    for _ in range(2):
+        # Buffers arrive with any content: what is not computed must not be read.
+        size = 7 * copies * len(stages) * rows * 5
+        network._scratch.give(*(torch.full((size,), torch.nan, dtype=x.dtype) for _ in range(2)))
+        actual = network(x, wiring)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+        found = torch.autograd.grad(
+            actual, [x, *network.parameters()], pull, allow_unused=True, materialize_grads=True
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, wiring), actual, rtol=0, atol=0)
+
+
+def test_parameter_counts_are_the_published_sizes() -> None:
+    plan = Plan(1_500_000, 200, 2_000)
+    for stage in (3, 16):
+        agent = MEGA(suite_of(10), MEGAConfig(start_stage=stage, evolve=False), plan, seed=0)
+        counts = agent.parameter_counts()
+        assert counts["actor"] == 176_400 + 102_928 * stage + 3_208
+        assert counts["critic"] == 684_947
+    assert counts["actor"] == 1_826_456
+    for identity, more in (("embedding", 10 * 400), ("head", 9 * 3_208)):
+        config = MEGAConfig(task_identity=identity, critic="mlp")
+        agent = MEGA(suite_of(10), config, plan, seed=0)
+        assert agent.parameter_counts()["actor"] == 488_392 + more
+
+
+def test_backward_runs_once() -> None:
+    agent = make()
+    wiring = agent._best()
+    output = agent.actor(torch.randn(1, 3, 2, 39), wiring).sum()
+    torch.autograd.backward(output, retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.backward(output)
+
+
+def test_the_order_of_tasks_changes_nothing() -> None:
+    rng, members = np.random.default_rng(0), community(4)
+    numbers = np.array([[members.table.add(random_bits(s, 2, rng))] for s in (1, 4, 2, 4)])
+    decoder = Decoder(members, "half_softmax", 0.99, torch.device("cpu"))
+    network = GenotypeNetwork(39, 8, 4, tasks=4, width=16, module_width=8)
+    initialise(network, "torch", torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, 16, 39)
+    plain = network(x, decoder(numbers))
+    for order in ([3, 2, 1, 0], [1, 3, 2, 0]):
+        torch.testing.assert_close(network(x[:, order], decoder(numbers[order])), plain[:, order])
+
+
+def test_work_follows_depth() -> None:
+    rng, members = np.random.default_rng(0), community(4)
+    numbers = np.array([[members.table.add(random_bits(s, 2, rng))] for s in (1, 4, 2, 4)])
+    wiring = Decoder(members, "half_softmax", 0.99, torch.device("cpu"))(numbers)
+    assert [wiring.reach(k) for k in (0, 1, 2, 3, 4)] == [4, 4, 3, 2, 2]
+    assert list(wiring.blocks()) == [(0, 2, 4), (2, 3, 2), (3, 4, 1)]
+    assert not wiring.idle
+
+
+def test_what_no_head_reads_is_not_computed() -> None:
+    """At offset 1 a decimal of 0 is a weight of 0: here M_3 feeds nothing and M_1 only M_3."""
+    members = community(1)
+    bits = np.array(
+        [1] * 2 + [1, 1, 0, 0] + [1, 1, 1, 1, 1, 1] + [1, 1, 0, 0, 1, 1, 0, 0], np.uint8
+    )
+    number = np.array([[members.table.add(bits)]])
+    wiring = Decoder(members, "half_softmax", 1.0, torch.device("cpu"))(number)
+    assert wiring.depth == (2,)
+    assert wiring.idle == {1}
+    network = GenotypeNetwork(39, 8, 3, tasks=1, width=16, module_width=8)
+    initialise(network, "torch", torch.Generator().manual_seed(0))
+    torch.autograd.backward(network(torch.randn(1, 1, 4, 39), wiring).sum())
+    trained = [all(p.grad is not None for p in module.parameters()) for module in network.stack]
+    assert trained == [False, True, False]
+
+
+def test_growth_appends_and_disturbs_nothing() -> None:
+    agent = make(replace="at_once", window=6)
+    for seed in range(3):
+        agent.update(batch(agent, seed=seed))
+    obs = observations(3, 5)
+    before = greedy(agent, obs)
+    parameters = {k: v.clone() for k, v in agent.actor.state_dict().items()}
+    optimizer = agent.actor_optimizer
+    held = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+
+    stall(agent, 1)
+    assert agent.community.stage.tolist() == [3, 4, 3]
+    assert len(agent.actor.stack) == 4
+    for name, value in parameters.items():
+        assert torch.equal(agent.actor.state_dict()[name], value)
+    for parameter, state in held.items():
+        for key, value in state.items():
+            assert torch.equal(optimizer.state[parameter][key], value)
+    after = greedy(agent, obs)
+    np.testing.assert_allclose(after[[0, 2]], before[[0, 2]], rtol=0, atol=1e-6)
+    assert np.abs(after[1] - before[1]).max() > 0
+
+    fresh = list(agent.actor.stack[3].parameters())
+    drawn = [p.clone() for p in fresh]
+    agent.update(batch(agent, seed=4))
+    assert all((p != q).any() for p, q in zip(fresh, drawn, strict=True))
+    assert {int(optimizer.state[p]["step"]) for p in fresh} == {1}
+    assert {int(optimizer.state[p]["step"]) for p in held} == {4}
+
+
+@pytest.mark.parametrize("replace", ["at_once", "at_optimise"])
+@pytest.mark.parametrize("update_genotype", ["population", "behaviour"])
+def test_continues_exactly_across_growth(replace: Any, update_genotype: Any) -> None:
+    settings = {"replace": replace, "update_genotype": update_genotype, "window": 4}
+
+    def new() -> MEGA:
+        return make(critic="module_level", critic_modules=3, router_width=8, **settings)
+
+    def life(agent: MEGA, seed: int) -> None:
+        """An episode of each task: one grows, one succeeds, one improves."""
+        acts = [agent.act(observations(3, 1, seed + k), explore=True) for k in range(4)]
+        extras = {k: torch.from_numpy(np.concatenate([a.extras[k] for a in acts], 1))
+                  for k in acts[0].extras}  # fmt: skip
+        agent.update(batch(agent, 4, seed, **extras))
+        for task, (return_, success) in enumerate([(0, False), (seed % 3, True), (2**seed, False)]):
+            end_episode(agent, task, float(return_), success)
+
+    def copied(agent: MEGA) -> MEGA:
+        buffer = io.BytesIO()
+        torch.save(agent.state_dict(), buffer)
+        buffer.seek(0)
+        other = new()
+        other.load_state_dict(torch.load(buffer, weights_only=True))
+        return other
+
+    agent = new()
+    others: list[tuple[int, MEGA]] = []
+    for seed in range(14):
+        if seed in (3, 9, 12):
+            others.append((seed, copied(agent)))
+        life(agent, seed)
+    assert agent.community.stage.tolist() == [4, 3, 3]
+    for start, other in others:
+        for seed in range(start, 14):
+            life(other, seed)
+        for (name, a), b in zip(
+            agent.actor.state_dict().items(), other.actor.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), (start, name)
+        for a, b in zip(agent.critic.parameters(), other.critic.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert agent.state_dict()["genetic"] == other.state_dict()["genetic"]
+        for a, b in zip(
+            agent.actor_optimizer.state_dict()["state"].values(),
+            other.actor_optimizer.state_dict()["state"].values(),
+            strict=True,
+        ):
+            assert all(torch.equal(a[k], b[k]) for k in a)
+        for name in ("noise", "init_generator"):
+            assert torch.equal(agent.state_dict()[name], other.state_dict()[name])
+    with pytest.raises(ValueError, match="new agent"):
+        agent.load_state_dict(new().state_dict())
+
+
+def test_growth_preserve_keeps_the_policy() -> None:
+    """No weight of the head changes by more than HalfSoftmax gives a zero beside the old head."""
+    agent = make(1, growth="preserve", replace="at_once", window=6, init="torch")
+    x = torch.from_numpy(observations(1, 50))[None]
+    with torch.no_grad():
+        before = agent.actor(x, agent._best())
+        stall(agent, 0)
+        wiring = agent._best()
+        after = agent.actor(x, wiring)
+        assert wiring.depth == (4,)
+        size = torch.zeros(())  # the largest output that any m_j alone would give
+        for j in range(5):
+            weights = wiring.weights.clone()
+            weights[..., 4, :] = 0
+            weights[..., 4, j] = 1
+            size = torch.maximum(size, agent.actor(x, wiring._replace(weights=weights)).abs().max())
+    epsilon = 0.01 / (np.e - 0.99)
+    assert 0 < (after - before).abs().max() <= 2 * epsilon * size
+
+
+def test_evaluation_and_probes_touch_nothing() -> None:
+    agent = make()
+    for _ in range(4):
+        end_episode(agent, 0, 1.0)
+    state = agent.state_dict()
+    obs = observations(3, 4)
+    first = greedy(agent, obs)
+    agent.probe()
+    agent.trace(obs)
+    np.testing.assert_array_equal(greedy(agent, obs), first)
+    after = agent.state_dict()
+    assert after["genetic"] == state["genetic"]
+    assert torch.equal(after["noise"], state["noise"])
+
+
+def test_evaluation_runs_the_best_with_the_mean() -> None:
+    agent = make()
+    for return_ in (1.0, 5.0, 2.0):  # the population, one after the other
+        end_episode(agent, 0, return_)
+    best = agent.community.best(0)
+    assert best.fitness == 5.0
+    wiring = agent.decoder(np.array([[best.id], *([agent.community.best(t).id] for t in (1, 2))]))
+    obs = observations(3, 4)
+    with torch.no_grad():
+        mean = agent.actor(torch.from_numpy(obs)[None], wiring)[0, ..., :4]
+    np.testing.assert_array_equal(greedy(agent, obs), mean.tanh().numpy())
+
+
+def test_each_environment_acts_with_its_own_genotype() -> None:
+    agent = make(2, start_stage=2)
+    agent.on_episode_start(0, 1)
+    agent.on_episode_start(1, 1)
+    members = [[agent.community.in_flight(t, e) for e in range(2)] for t in range(2)]
+    assert members[0][0] is not members[0][1]
+    obs = observations(2, 2)
+    tensor = torch.from_numpy(obs)
+    with torch.no_grad():
+        params, _ = agent.policy(tensor, "explore", {})
+        for env in range(2):
+            alone = agent.decoder(np.array([[members[task][env].id] for task in range(2)]))
+            expected = agent.actor(tensor[None, :, env : env + 1], alone)[0]
+            torch.testing.assert_close(params[:, env : env + 1], expected)
+
+
+def test_updates_read_populations_and_change_only_their_generator() -> None:
+    agent = make()
+    members = [[g.id for g in agent.community.population(task)] for task in range(3)]
+    seen = set()
+    for seed in range(12):
+        before = agent.community.state_dict()
+        agent.update(batch(agent, 4, seed))
+        after = agent.community.state_dict()
+        assert after.pop("rng") != before.pop("rng")
+        assert after == before
+        assert agent._drawn["policy"] is agent._drawn["target"]
+        seen.add(tuple(agent._drawn["policy"].weights.flatten().tolist()))
+    assert len(seen) > 3
+    assert members == [[g.id for g in agent.community.population(task)] for task in range(3)]
+
+
+def test_update_genotype_best_and_target_best() -> None:
+    agent = make(update_genotype="best")
+    before = agent.community.state_dict()
+    agent.update(batch(agent))
+    assert agent._drawn["policy"] is agent._best()
+    assert agent.community.state_dict() == before
+    agent = make(target_genotype="best")
+    agent.update(batch(agent))
+    assert agent._drawn["target"] is agent._best()
+
+
+def test_update_genotype_behaviour_replays_what_acted() -> None:
+    """Rows of a task learn under the genotypes that acted in them, short ones among long ones."""
+    agent = make(2, update_genotype="behaviour", replace="at_once", window=3)
+    assert agent.extras_spec == {"genotype": ((), "int32")}
+    stored, bits = [], []
+    obs = observations(2, 10)
+    for row in range(10):
+        stored.append(agent.act(obs[:, row : row + 1], explore=True).extras["genotype"])
+        bits.append([agent.community.in_flight(task, 0).bits for task in range(2)])
+        end_episode(agent, 0)
+        end_episode(agent, 1, success=True)
+    assert agent.community.stage.tolist() == [4, 3]
+    extras = torch.from_numpy(np.concatenate(stored, 1))
+    assert extras.dtype == torch.int32
+    agent._drawn["policy"] = agent.decoder(extras.numpy())
+    tensor = torch.from_numpy(obs)
+    with torch.no_grad():
+        params, _ = agent.policy(tensor, "policy", {})
+        per_task = [[bits[row][task] for row in range(10)] for task in range(2)]
+        expected = naive(agent.actor, tensor[None], per_task, 2, 0.99)[0]
+    torch.testing.assert_close(params, expected)
+    metrics = agent.update(batch(agent, 10, genotype=extras))
+    assert metrics["actor_loss"].isfinite().all()
+
+
+def test_evolution_by_hand() -> None:
+    def feed(evolution: Evolution, *windows: tuple[float, float]) -> list[int | None]:
+        """Windows of (mean return, success rate), 4 episodes each."""
+        causes = []
+        for mean, rate in windows:
+            for episode in range(4):
+                last = evolution.record(0, mean + (episode - 1.5), episode < 4 * rate)
+                assert last is None or episode == 3
+            causes.append(last)
+        return causes
+
+    def new() -> Evolution:
+        return Evolution(1, 4, 0.5, 0.1)
+
+    # The first window is compared with nothing; after an increase one window of rest.
+    assert feed(new(), (10, 0), (10, 0), (10, 0), (10, 0)) == [None, 0, None, 0]
+    assert feed(new(), (10, 0), (8, 0)) == [None, 1]
+    assert [CAUSES[0], CAUSES[1]] == ["unsolved, return stalled", "unsolved, return fell"]
+    # Solved, or making progress: no increase, and progress is measured window by window.
+    assert feed(new(), (10, 0.5), (10, 0.5), (5, 0.5), (5, 0.25)) == [None, None, None, 0]
+    assert feed(new(), (10, 0), (11, 0), (12, 0), (13.5, 0)) == [None, None, 0, None]
+    # Returns below zero.
+    assert feed(new(), (-10, 0), (-8, 0), (-7.5, 0)) == [None, None, 0]
+
+
+def test_warmup_counts_for_nothing() -> None:
+    agent = make(1, Plan(60_000, 200, 400), window=2)
+    for steps in (200, 400):
+        agent.steps = steps
+        end_episode(agent, 0, 9.0)
+    assert not any(g.evaluations for g in agent.community.population(0))
+    for steps in (600, 800):  # the first window of episodes that count
+        agent.steps = steps
+        end_episode(agent, 0, 1.0)
+    assert sum(g.evaluations for g in agent.community.population(0)) == 2
+    assert agent.community.stage[0] == 3
+    for steps in (1000, 1200):
+        agent.steps = steps
+        end_episode(agent, 0, 1.0)
+    assert agent.stage_events == [[1200, 0, 3, 4, 0]]
+
+
+def test_steps_are_those_of_training() -> None:
+    agent = make(2)
+    for task in range(2):
+        agent.on_episode_start(task, 1)
+    agent.act(observations(2, 2), explore=True)
+    agent.act(observations(2, 5), explore=False)
+    assert agent.steps == 2
+
+
+def test_stages_stop_at_the_maximum_or_never_start() -> None:
+    agent = make(1, window=2, max_stage=4)
+    stall(agent, 0, windows=9)
+    assert agent.community.stage[0] == 4
+    assert len(agent.stage_events) == 1
+    fixed = make(1, evolve=False, start_stage=30, precision=1)
+    assert fixed.config.window is None
+    for _ in range(100):
+        end_episode(fixed, 0)
+    assert fixed.community.stage[0] == 30
+
+
+def test_smoke_length_completes_generations_and_grows() -> None:
+    """20 episodes per task, 2 of them warm-up, returns without trend, hardly a success."""
+    for tasks in (10, 50):
+        rng = np.random.default_rng(tasks)
+        agent = make(tasks, Plan(4_000, 200, 400))
+        for episode in range(1, 21):
+            agent.steps = 200 * episode
+            for task in range(tasks):
+                end_episode(agent, task, rng.normal(50, 10))
+        assert (agent.community.generation >= 2).all()
+        assert (agent.community.stage > 3).sum() > tasks / 4
+        lengths = agent.probe()["lengths"]
+        assert (lengths == length(4, agent.precision)).any()
+
+
+def test_probe_is_complete() -> None:
+    agent = make(3, window=2)
+    for return_ in (1.0, 4.0, 2.0):
+        end_episode(agent, 2, return_)
+    stall(agent, 0)
+    agent.steps = 77
+    probe = agent.probe()
+    assert all(value.dtype != object for value in probe.values())
+    assert probe["stage"].tolist() == [4, 3, 3]
+    assert probe["stage_events"].tolist() == [[0, 0, 3, 4, 0]]
+    assert probe["cause_names"].tolist() == list(CAUSES)
+    assert probe["genotypes"].shape[:2] == (3, 3)
+    assert probe["genotypes"].dtype == np.int8
+    assert probe["best"][2] == [g.fitness for g in agent.community.population(2)].index(4.0)
+    assert np.isnan(probe["fitness"][1]).all()
+    assert (probe["modules_used"] <= 4).all()
+    assert probe["modules_used"].dtype.kind == "f"
+    assert probe["weight_intervals"].shape == (5, 5)
+    assert probe["precision"] == 2
+    expected = {
+        "stage", "stage_events", "cause_names", "genotypes", "lengths", "fitness", "evaluations",
+        "best", "modules_used", "hamming", "clone_rate", "generation", "weight_intervals",
+        "precision",
+    }  # fmt: skip
+    assert probe.keys() == expected
+    assert agent.seconds["genetic"] > 0
+    assert make().probe()["stage_events"].shape == (0, 5)
+
+
+def test_configuration_is_decided_by_suite_and_length() -> None:
+    plan = Plan(1_500_000, 200, 2_000)
+    small = MEGAConfig().for_run(suite_of(10), plan)
+    assert (small.precision, small.population_size, small.window) == (2, 3, 374)
+    large = MEGAConfig().for_run(suite_of(11), plan)
+    assert (large.precision, large.population_size) == (4, 4)
+    assert small.for_run(suite_of(50), plan) == small  # decided once
+    assert MEGAConfig().for_run(suite_of(10), Plan(4_000, 200, 400)).window == 6
+    assert MEGAConfig(evolve=False).for_run(suite_of(10), plan).window is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start_stage": 25},
+        {"weights": "softmax", "offset": 0.9},
+        {"offset": 0.0},
+        {"precision": 9},
+        {"population_size": 1},
+        {"evolve": False, "growth": "preserve"},
+        {"evolve": False, "window": 10},
+        {"critic": "mlp", "critic_modules": 8},
+        {"optimise": "random", "parents": "before_drop"},
+        {"mutation_best_threshold": 0.99},
+        {"unknown": 1},
+    ],
+)
+def test_inconsistent_settings_raise(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        MEGAConfig(**settings)
+
+
+@pytest.mark.parametrize("variant", list(MEGA.VARIANTS))
+def test_every_variant_trains(variant: str) -> None:
+    values = {k: v for k, v in MEGA.VARIANTS[variant].items() if k in MEGAConfig.model_fields}
+    if "{" in variant:
+        values[variant.split("{")[1].rstrip("}")] = 5
+    agent = make(2, **values)
+    extras = agent.act(observations(2, 1), explore=True).extras
+    stored = {k: torch.from_numpy(v).expand(2, 4) for k, v in extras.items()}
+    for task in range(2):
+        for _ in range(8):
+            end_episode(agent, task)
+    assert all(v.isfinite().all() for v in agent.update(batch(agent, 4, **stored)).values())
+    if variant.startswith(("fixed", "stage")):
+        assert len(agent.actor.stack) == 5
+    if variant.startswith("precision"):
+        assert stage_of(len(agent.community.best(0).bits), 5) == 3
