@@ -19,10 +19,9 @@ from bench import machine
 from bench.spec import RunSpec, SpecError, parse_seeds, unknown
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
+from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
 
 POLL_SECONDS = 0.25
-EXIT_BUSY = 75
-"""Exit code of a run that another process is training."""
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -270,7 +269,7 @@ class LocalLauncher:
         code = job.process.returncode
         if code == 0:
             job.outcome = "done"
-        elif code == 130 or (self._signals and code in (-signal.SIGINT, -signal.SIGTERM)):
+        elif code == EXIT_INTERRUPTED or (self._signals and code in (-signal.SIGINT, -signal.SIGTERM)):
             job.outcome = "interrupted"
         elif code == EXIT_BUSY:
             job.outcome = "busy"
