@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.spec import Protocol
 from bench.store import RunStore, StoreError, find
 
 Frames = dict[str, Any]
@@ -76,7 +77,7 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
         "parameters_critic": parameters.get("critic"),
         "seconds": seconds,
         "steps_per_second": status.get("steps_per_second"),
-        "updates_per_second": status.get("steps_per_second"),
+        "updates_per_second": _updates_per_second(spec.protocol, status.get("steps_per_second")),
         "heartbeat": status.get("time"),
         "error": status.get("error", ""),
         "git_commit": environment.get("git_commit", ""),
@@ -99,6 +100,12 @@ def state_of(store: RunStore) -> dict[str, Any]:
     if status["state"] == "running" and not store.busy:
         status["state"] = "interrupted"
     return status
+
+
+def _updates_per_second(protocol: Protocol, steps_per_second: float | None) -> float | None:
+    if steps_per_second is None:
+        return None
+    return steps_per_second / protocol.envs_per_task * protocol.updates_per_step
 
 
 def _last_total(store: RunStore) -> float | None:

@@ -40,7 +40,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit of the source tree this runs from, with ``+changes`` if it was edited; or ``""``."""
+    """The commit of the source tree this runs from (``+changes`` if it was edited), or ``""``."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
@@ -75,7 +75,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def resolve_device(device: str) -> str:
-    """``auto``: CUDA where there is one, else the CPU. Raises ValueError for one that is not there."""
+    """``auto``: CUDA where there is one, else the CPU. Raises ValueError for one not here."""
     import torch
 
     if device == "auto":

@@ -269,7 +269,9 @@ class LocalLauncher:
         code = job.process.returncode
         if code == 0:
             job.outcome = "done"
-        elif code == EXIT_INTERRUPTED or (self._signals and code in (-signal.SIGINT, -signal.SIGTERM)):
+        elif code == EXIT_INTERRUPTED or (
+            self._signals and code in (-signal.SIGINT, -signal.SIGTERM)
+        ):
             job.outcome = "interrupted"
         elif code == EXIT_BUSY:
             job.outcome = "busy"
