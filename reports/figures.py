@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -209,8 +210,8 @@ def _short(name: str, limit: int = 22) -> str:
     return name.replace("$", r"\$")
 
 
-def _task(name: str) -> str:
-    return _short(name.removesuffix("-v3").removesuffix("-v2"))
+def _task(name: str, limit: int = 26) -> str:
+    return _short(name.removesuffix("-v3").removesuffix("-v2"), limit)
 
 
 def _panels(
@@ -222,13 +223,16 @@ def _panels(
         raise MissingError("no evaluation has named the tasks yet")
     columns = min(len(tasks), 5 if len(tasks) <= 25 else 8)
     rows = -(-len(tasks) // columns)
-    made = _new(height=0.85 + (1.3 if columns <= 5 else 1.05) * rows)
+    made = _new(height=0.85 + (1.3 if columns <= 5 else 1.1) * rows)
     grid = made.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
     for spare in grid.flat[len(tasks) :]:
         spare.set_axis_off()
     cells = []
     for index, (name, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        axes.set_title(_task(name), fontsize=7.5 if columns <= 5 else 6, pad=3)
+        if columns <= 5:
+            axes.set_title(_task(name), fontsize=7.5, pad=3)
+        else:
+            axes.set_title("\n".join(textwrap.wrap(_task(name, 32), 16)), fontsize=6, pad=3)
         axes.tick_params(labelsize=6.5)
         _steps_axis(axes, label="", ticks=3)
         if index + columns >= len(tasks):
@@ -247,17 +251,23 @@ def _steps_axis(axes: Axes, label: str = _STEPS, ticks: int = 6) -> None:
     axes.set_xlabel(label)
 
 
-def _legend(made: Figure, handles: Sequence[Any], columns: int = 5, xlabel: str = "") -> None:
-    """A legend below everything, and between it and the panels their common label."""
-    columns = max(1, min(columns, len(handles)))
-    height = float(made.get_size_inches()[1])
+def _legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float = 7.5) -> None:
+    """A legend below everything, and between it and the panels their common label.
+
+    As many columns as the longest label leaves room for, at most six.
+    """
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    width, height = (float(inches) for inches in made.get_size_inches())
+    columns = max(1, min(6, len(handles), int(width / (0.0085 * size * longest + 0.4))))
     legend = 0.06 + 0.17 * -(-len(handles) // columns)
     bottom = (legend + (0.18 if xlabel else 0)) / height
     engine = made.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
         engine.set(rect=(0, bottom, 1, 1 - bottom))
     if handles:
-        made.legend(handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2)
+        made.legend(
+            handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2, fontsize=size
+        )
     if xlabel:
         made.text(0.5, (legend + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
 
@@ -496,7 +506,7 @@ def stages(section: Section) -> Drawing:
         Line2D([], [], color="#222222", linestyle="", marker=shapes[c], markersize=4, label=c)
         for c in causes
     ]
-    _legend(made, handles, columns=4, xlabel=_STEPS)
+    _legend(made, handles, xlabel=_STEPS)
     return Drawing(
         title="Stage of each task",
         figure=made,
@@ -647,6 +657,7 @@ def modules_difference(section: Section) -> Drawing:
         fontsize=7.5,
     )
     axes.set_yticks(range(len(delta)), [_task(str(task)) for task in delta.index])
+    axes.set_ylim(-0.6, len(delta) - 0.4)
     axes.set_xlabel(f"modules used: {_short(ours, 30)} minus {_short(theirs, 30)}")
     _title(made, "Difference in module quantity", section)
     paper = published("modules_used").query("algorithm == 'mega minus d2r'")
@@ -729,7 +740,9 @@ def genotype_map(section: Section) -> Drawing:
         raise MissingError("; ".join(refused))
     columns = min(3, len(embedded))
     rows = -(-len(embedded) // columns)
-    made = _new(height=0.6 + 2.35 * rows if columns > 1 else 3.6)
+    few = len(section.tasks) <= 12
+    below = 0 if few else 0.17 * len(section.tasks) / 4
+    made = _new(height=below + (0.6 + 2.35 * rows if columns > 1 else 3.6))
     grid = made.subplots(rows, columns, squeeze=False)
     for spare in grid.flat[len(embedded) :]:
         spare.set_axis_off()
@@ -750,16 +763,12 @@ def genotype_map(section: Section) -> Drawing:
         Line2D([], [], linestyle="", marker=m, color=c, markersize=4, label=_task(name))
         for name, (c, m) in zip(section.tasks, palette, strict=True)
     ]
-    few = len(handles) <= 12
-    if few and grid.size > len(embedded):
+    if not few:
+        _legend(made, handles, size=6.5)
+    elif grid.size > len(embedded):
         grid.flat[len(embedded)].legend(handles=handles, loc="center left")
     else:
-        made.legend(
-            handles=handles,
-            loc="outside right center",
-            ncols=-(-len(handles) // 25),
-            fontsize=7 if few else 6,
-        )
+        made.legend(handles=handles, loc="outside right center", ncols=1, fontsize=7)
     _title(made, f"Genotypes by task ({_short(first[0].label, 30)})", section)
     clarity = "; ".join(
         f"seed {run.seed}: {map_.silhouette_task:.2f} by task, "

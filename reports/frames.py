@@ -139,7 +139,7 @@ def text(value: object) -> str:
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value)).lower()
     if isinstance(value, (int, np.integer)):
-        return f"{int(value):,}" if abs(int(value)) >= 10_000 else str(int(value))
+        return str(int(value))
     if isinstance(value, (float, np.floating)):
         return text(int(value)) if float(value).is_integer() else f"{value:g}"
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -260,10 +260,10 @@ class Section:
 
     @cached_property
     def episodes(self) -> str:
-        """Episodes per task of the final evaluation."""
+        """Episodes per task of the final evaluation, empty where there was none."""
         counts = self._final["count"].dropna()
         if counts.empty:
-            return "none"
+            return ""
         low, high = int(counts.min()), int(counts.max())
         return str(low) if low == high else f"{low}–{high}"
 
@@ -327,9 +327,10 @@ class Section:
         """Estimator, seeds, episodes, scale and missing runs, as under every table and figure."""
         names = self.labels if labels is None else labels
         seeds = ", ".join(f"{name} n = {len(self.scores(name))}" for name in names)
+        final = f"{self.episodes} episodes per task" if self.episodes else "none yet"
         return (
-            f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {self.episodes} episodes "
-            f"per task. Suite {self.suite}, {self.scale}; {self.missing}."
+            f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {final}. "
+            f"Suite {self.suite}, {self.scale}; {self.missing}."
         )
 
 

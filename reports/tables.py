@@ -395,7 +395,7 @@ def compute(section: Section) -> Table:
                 f"{speed:,.0f}" if np.isfinite(speed) else ABSENT,
                 f"{updates:,.1f}" if np.isfinite(updates) else ABSENT,
                 *(f"{100 * s:.1f}" if np.isfinite(s) else ABSENT for s in shares[measured]),
-                f"{_millions(actor)} + {_millions(critic)}",
+                f"{_millions(actor)} + {_millions(critic)}" if actor + critic > 0 else ABSENT,
                 _millions(known),
             )
         )
