@@ -37,11 +37,13 @@ LOGGED_POINTS = 100
 PROBED_POINTS = 50
 """Snapshots of the agent's own state over a run, at most."""
 HEARTBEAT_SECONDS = 1.0
+DIVERGED = 1e12
+"""A training metric beyond this is taken for divergence; values and losses stay far below."""
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BUSY = 1, 130, 75
 
 
 class DivergenceError(RuntimeError):
-    """A training metric stopped being a number."""
+    """A training metric stopped being a number, or a sensible one."""
 
 
 class Interrupted(Exception):  # noqa: N818  (it is a request, not an error)
@@ -57,7 +59,7 @@ def checkpoint_steps(spec: RunSpec) -> int:
     run or CHECKPOINT_STEPS, whichever is less. It bounds the replay's slack."""
     p = spec.protocol
     unit = p.horizon * p.envs_per_task
-    return -(-min(CHECKPOINT_STEPS, p.steps_per_task // 5) // unit) * unit
+    return max(1, -(-min(CHECKPOINT_STEPS, p.steps_per_task // 5) // unit)) * unit
 
 
 def replay_capacity(spec: RunSpec) -> int:
@@ -225,6 +227,7 @@ def run_loop(
             save()
             saved_step, saved_at = step, time.monotonic()
         if stopping and step < p.steps_per_task:
+            heartbeat(step, facts)
             raise Interrupted
 
     heartbeat(step, facts)
@@ -299,21 +302,22 @@ class Meters:
                 task = int(np.argmin(np.isfinite(action).all((1, 2))))
                 raise DivergenceError(
                     f"training diverged by step {step}: the action of {self.names[task]} "
-                    "is no longer a finite number"
+                    f"is {action[task].ravel().tolist()}"
                 ) from None
             raise
 
     def check(self, step: int) -> None:
-        """Raise DivergenceError, naming metric and tasks, if a sum is not finite."""
+        """Raise DivergenceError, naming metric and task, if a mean is no number or absurd."""
         if not self._sums:
             return
-        finite = torch.stack([value.isfinite() for value in self._sums.values()]).cpu()
-        if bool(finite.all()):
+        means = torch.stack(list(self._sums.values())).cpu() / self._updates  # (metrics, T)
+        diverged = ~(means.abs() < DIVERGED)  # also what is not a number
+        if not bool(diverged.any()):
             return
-        metric, task = finite.logical_not().nonzero()[0].tolist()
+        metric, task = diverged.nonzero()[0].tolist()
         raise DivergenceError(
-            f"training diverged by step {step}: {list(self._sums)[metric]} of "
-            f"{self.names[task]} is no longer a finite number"
+            f"training diverged by step {step}: {list(self._sums)[metric]} of {self.names[task]} "
+            f"is {float(means[metric, task]):.3g}"
         ) from None
 
     def rows(self, step: int) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import algorithms
 from bench import machine
 from bench.spec import RunSpec
 from bench.store import RunStore
+from bench.train import train
 
 settings.register_profile("bench", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("bench")
 
 TOY = {
-    "horizon": 25, "steps_per_task": 300, "warmup_steps": 50, "eval_every": 100, "eval_episodes": 2,
+    "horizon": 25, "steps_per_task": 250, "warmup_steps": 75, "eval_every": 100, "eval_episodes": 2,
     "final_episodes": 3, "batch_per_task": 16, "replay_per_task": 75,
 }  # fmt: skip
 """A run of seconds whose replay ring wraps, logically and physically."""
@@ -79,6 +81,22 @@ def open_store() -> Callable[[Path, RunSpec], RunStore]:
         return RunStore.create(out, spec, machine.environment("cpu", 1))
 
     return create
+
+
+@pytest.fixture(scope="session")
+def finished(
+    open_store: Callable[[Path, RunSpec], RunStore], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], RunStore]:
+    """An algorithm's small run from start to end, undisturbed; trained once, not to be changed."""
+
+    @cache
+    def run(algorithm: str) -> RunStore:
+        spec = toy_spec(algorithm)
+        store = open_store(tmp_path_factory.mktemp(algorithm), spec)
+        train(spec, store)
+        return store
+
+    return run
 
 
 @pytest.fixture(scope="session")
