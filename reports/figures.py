@@ -1,283 +1,46 @@
 """Figures: one registered function each, from a section to a drawing and the numbers behind it.
 
 To add one, write a function from ``Section`` to ``Drawing`` under ``@figure("name")``; raise
-``MissingError`` with the reason where the results do not support it. No pyplot, no global state:
-the same frames give the same bytes.
+``MissingError`` with the reason where the results do not support it. What they share is in
+``reports.drawing``.
 """
 
 from __future__ import annotations
 
-import colorsys
-import io
-import textwrap
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from reports import stats
-from reports.frames import MissingError, ProbedRun, Section, base_name, order_key, published
+from reports.drawing import (
+    FIGURES,
+    MARKERS,
+    STEPS,
+    TASK_COLOURS,
+    UNFINISHED,
+    Drawing,
+    Look,
+    figure,
+    legend,
+    legend_line,
+    new_figure,
+    panels,
+    section_looks,
+    short,
+    steps_axis,
+    task_name,
+    title,
+)
+from reports.frames import MissingError, ProbedRun, Section, order_key, published
 from reports.genotypes import OFFSET, Embedding, collect, embed
 
-WIDTH = 7.1
-"""Inches: the text width of a two-column paper."""
-DPI = 200
-
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "figure.titlesize": 9.5,
-    "figure.titleweight": "bold",
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "reports",
-    "savefig.dpi": DPI,
-}
-
-# Okabe and Ito's colours, which stay apart in the common colour vision deficiencies.
-_OWN_COLOURS = {
-    "mega": "#D55E00",
-    "d2r": "#0072B2",
-    "soft_module": "#009E73",
-    "paco": "#CC79A7",
-    "care": "#E69F00",
-    "mtmh_sac": "#56B4E9",
-    "mt_sac": "#4D4D4D",
-}
-_OTHER_COLOURS = ("#882255", "#999933", "#332288", "#AA4499", "#117733", "#661100", "#6699CC")
-_VARIANT_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
-_VARIANT_SHADES = (0.4, -0.4, 0.2)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-_TASK_COLOURS = (
-    "#332288",
-    "#E69F00",
-    "#44AA99",
-    "#CC6677",
-    "#88CCEE",
-    "#117733",
-    "#882255",
-    "#999933",
-    "#AA4499",
-    "#4D4D4D",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A figure, what it shows, and the numbers it was drawn from."""
-
-    title: str
-    figure: Figure
-    caption: str
-    data: pd.DataFrame
-
-    def png(self) -> bytes:
-        """The figure at print resolution."""
-        return self._save("png")
-
-    def svg(self) -> bytes:
-        """The figure as vectors, its text as outlines."""
-        return self._save("svg")
-
-    def _save(self, kind: str) -> bytes:
-        buffer = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            # Neither a date nor a version: equal frames give equal bytes.
-            clean = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-            self.figure.savefig(buffer, format=kind, metadata=clean)
-        return buffer.getvalue()
-
-
-FIGURES: dict[str, Callable[[Section], Drawing]] = {}
-
-
-def figure(name: str) -> Callable[[Callable[[Section], Drawing]], Callable[[Section], Drawing]]:
-    """Registers a section's figure under ``name``, in the order of the page."""
-
-    def register(function: Callable[[Section], Drawing]) -> Callable[[Section], Drawing]:
-        if name in FIGURES:
-            raise ValueError(f"figure {name!r} is registered twice")
-
-        def styled(section: Section) -> Drawing:
-            with mpl.rc_context(STYLE):
-                made = function(section)
-                # Lay out once; both formats then share the positions.
-                made.figure.draw_without_rendering()
-                made.figure.set_layout_engine("none")
-                return made
-
-        FIGURES[name] = styled
-        return styled
-
-    return register
-
-
-# Colours and layout ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one label is drawn, everywhere."""
-
-    colour: str
-    dash: Any
-    marker: str
-
-
-def _shade(colour: str, amount: float) -> str:
-    hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
-    light += amount * (1 - light if amount > 0 else light)
-    return to_hex(colorsys.hls_to_rgb(hue, light, saturation))
-
-
-def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """Colour by algorithm; dash, shade and marker by variant.
-
-    A name decides its own look; only where two names of one report would share one does the later
-    of them in alphabetical order move to the next free look.
-    """
-    out: dict[str, Look] = {}
-    taken: set[tuple[str, int]] = set()
-    bases: dict[str, str] = {}
-    for base in sorted({base_name(label) for label in labels}):
-        start = zlib.crc32(base.encode())
-        options = [_OTHER_COLOURS[(start + k) % len(_OTHER_COLOURS)] for k in range(7)]
-        free = [colour for colour in options if colour not in bases.values()]
-        bases[base] = _OWN_COLOURS.get(base, (free or options)[0])
-    slots = len(_VARIANT_DASHES) * len(_VARIANT_SHADES)
-    for label in sorted(labels):
-        base = base_name(label)
-        if label == base:
-            out[label] = Look(bases[base], "-", _MARKERS[0])
-            continue
-        slot = zlib.crc32(label.encode()) % slots
-        while (base, slot) in taken and sum(b == base for b, _ in taken) < slots:
-            slot = (slot + 1) % slots
-        taken.add((base, slot))
-        out[label] = Look(
-            # Three shades and four dashes have no common divisor: every slot is a pair of its own.
-            _shade(bases[base], _VARIANT_SHADES[slot % len(_VARIANT_SHADES)]),
-            _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
-            _MARKERS[1 + slot % (len(_MARKERS) - 1)],
-        )
-    return out
-
-
-def _looks(section: Section) -> dict[str, Look]:
-    """The looks of every label of the report, so that sections agree."""
-    names = set(section.results.runs["algorithm"]) | set(section.labels)
-    return looks(names)
-
-
-def _new(height: float, width: float = WIDTH) -> Figure:
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
-
-
-def _title(made: Figure, words: str, section: Section) -> None:
-    smoke = " (SMOKE)" if section.preset == "smoke" else ""
-    made.suptitle(f"{words} · {_short(section.suite, 40)}{smoke}", parse_math=False)
-
-
-def _short(name: str, limit: int = 22) -> str:
-    name = name if len(name) <= limit else f"{name[: limit - 1]}…"
-    return name.replace("$", r"\$")
-
-
-def _task(name: str, limit: int = 26) -> str:
-    return _short(name.removesuffix("-v3").removesuffix("-v2"), limit)
-
-
-def _panels(
-    section: Section, ylabel: str, share_y: bool = True
-) -> tuple[Figure, list[tuple[int, str, Axes]]]:
-    """Small multiples, one panel per task over environment steps."""
-    tasks = section.tasks
-    if not tasks:
-        raise MissingError("no evaluation has named the tasks yet")
-    columns = min(len(tasks), 5 if len(tasks) <= 25 else 8)
-    rows = -(-len(tasks) // columns)
-    made = _new(height=0.85 + (1.3 if columns <= 5 else 1.1) * rows)
-    grid = made.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
-    for spare in grid.flat[len(tasks) :]:
-        spare.set_axis_off()
-    cells = []
-    for index, (name, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        if columns <= 5:
-            axes.set_title(_task(name), fontsize=7.5, pad=3)
-        else:
-            axes.set_title("\n".join(textwrap.wrap(_task(name, 32), 16)), fontsize=6, pad=3)
-        axes.tick_params(labelsize=6.5)
-        _steps_axis(axes, label="", ticks=3)
-        if index + columns >= len(tasks):
-            axes.tick_params(labelbottom=True)
-        cells.append((index, name, axes))
-    made.supylabel(ylabel, fontsize=8)
-    return made, cells
-
-
-_STEPS = "environment steps per task"
-
-
-def _steps_axis(axes: Axes, label: str = _STEPS, ticks: int = 6) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel(label)
-
-
-def _legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float = 7.5) -> None:
-    """A legend below everything, and between it and the panels their common label.
-
-    As many columns as the longest label leaves room for, at most six.
-    """
-    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
-    width, height = (float(inches) for inches in made.get_size_inches())
-    columns = max(1, min(6, len(handles), int(width / (0.0085 * size * longest + 0.4))))
-    legend = 0.06 + 0.17 * -(-len(handles) // columns)
-    bottom = (legend + (0.18 if xlabel else 0)) / height
-    engine = made.get_layout_engine()
-    if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(rect=(0, bottom, 1, 1 - bottom))
-    if handles:
-        made.legend(
-            handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2, fontsize=size
-        )
-    if xlabel:
-        made.text(0.5, (legend + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
-
-
-def _line(look: Look, label: str) -> Line2D:
-    return Line2D([], [], color=look.colour, linestyle=look.dash, label=_short(label, 60))
-
-
-_UNFINISHED = Line2D([], [], color="#777777", linewidth=0.8, linestyle=":", label="unfinished run")
-
+__all__ = ["FIGURES", "Drawing", "figure"]
 
 # Curves ------------------------------------------------------------------------------------------
 
@@ -318,10 +81,10 @@ def _curve_rows(section: Section, metric: str) -> pd.DataFrame:
 
 
 def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
-    styles = _looks(section)
+    styles = section_looks(section)
     drawn = [label for label in section.labels if label in set(rows["label"])]
-    handles = [_line(styles[label], label) for label in drawn]
-    return handles + ([] if rows["finished"].all() else [_UNFINISHED])
+    handles = [legend_line(styles[label], label) for label in drawn]
+    return handles + ([] if rows["finished"].all() else [UNFINISHED])
 
 
 _CURVE_ESTIMATOR = "Thin lines: every seed (dotted: unfinished run). Bold: mean of the finished."
@@ -331,8 +94,8 @@ _CURVE_ESTIMATOR = "Thin lines: every seed (dotted: unfinished run). Bold: mean 
 def learning_curves(section: Section) -> Drawing:
     """Mean success over tasks against environment steps (MEGA Fig. 6)."""
     rows = _curve_rows(section, "success")
-    styles = _looks(section)
-    made = _new(3.4)
+    styles = section_looks(section)
+    made = new_figure(3.4)
     axes = made.subplots()
     for label in section.labels:
         _draw_curve(axes, rows[rows["label"] == label], styles[label], 2.2, band=True)
@@ -353,9 +116,9 @@ def learning_curves(section: Section) -> Drawing:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, max(1, int(rows["step"].max())))
     axes.set_ylabel("success rate, mean over tasks")
-    _steps_axis(axes)
-    _title(made, "Learning curves", section)
-    _legend(made, _curve_handles(section, rows))
+    steps_axis(axes)
+    title(made, "Learning curves", section)
+    legend(made, _curve_handles(section, rows))
     means = rows.groupby(["label", "run", "step"])["value"].mean()
     return Drawing(
         title="Learning curves",
@@ -371,8 +134,8 @@ def learning_curves(section: Section) -> Drawing:
 
 def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Drawing:
     rows = _curve_rows(section, metric)
-    styles = _looks(section)
-    made, cells = _panels(section, ylabel, share_y=metric == "success")
+    styles = section_looks(section)
+    made, cells = panels(section, ylabel, share_y=metric == "success")
     for _, task, axes in cells:
         of_task = rows[rows["task"] == task]
         for label in section.labels:
@@ -383,8 +146,8 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
         else:
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _title(made, words, section)
-    _legend(made, _curve_handles(section, rows), xlabel=_STEPS)
+    title(made, words, section)
+    legend(made, _curve_handles(section, rows), xlabel=STEPS)
     scale = "" if metric == "success" else " Every panel has a vertical scale of its own."
     return Drawing(
         title=words,
@@ -413,8 +176,8 @@ def _draw_probe(
     section: Section, runs: list[ProbedRun], key: str, words: str, ylabel: str, steps: bool
 ) -> tuple[Figure, list[tuple[int, str, Axes]], pd.DataFrame]:
     """A per-task probe over training; ``steps`` draws a staircase, seeds nudged apart."""
-    styles = _looks(section)
-    made, cells = _panels(section, ylabel)
+    styles = section_looks(section)
+    made, cells = panels(section, ylabel)
     frames = []
     for run in runs:
         when, values = run.series(key)
@@ -458,7 +221,7 @@ def _draw_probe(
                 linewidth=1.5,
                 drawstyle="steps-post" if steps else "default",
             )
-    _title(made, words, section)
+    title(made, words, section)
     return made, cells, rows
 
 
@@ -490,7 +253,7 @@ def stages(section: Section) -> Drawing:
     )
     events = [(run, *event) for run in runs for event in _events(run)]
     causes = sorted({event[-1] for event in events})
-    shapes = {cause: _MARKERS[(2 + i) % len(_MARKERS)] for i, cause in enumerate(causes)}
+    shapes = {cause: MARKERS[(2 + i) % len(MARKERS)] for i, cause in enumerate(causes)}
     for _, step, task, _, new, cause in events:
         if task < len(cells):
             cells[task][2].plot(
@@ -500,13 +263,13 @@ def stages(section: Section) -> Drawing:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, high - 2), max(high, low + 2))
-    styles = _looks(section)
-    handles: list[Any] = [_line(styles[label], label) for label in _labels_of(runs)]
+    styles = section_looks(section)
+    handles: list[Any] = [legend_line(styles[label], label) for label in _labels_of(runs)]
     handles += [
         Line2D([], [], color="#222222", linestyle="", marker=shapes[c], markersize=4, label=c)
         for c in causes
     ]
-    _legend(made, handles, xlabel=_STEPS)
+    legend(made, handles, xlabel=STEPS)
     return Drawing(
         title="Stage of each task",
         figure=made,
@@ -531,8 +294,8 @@ def route_temperature(section: Section) -> Drawing:
     )
     for _, _, axes in cells:
         axes.yaxis.set_major_locator(MaxNLocator(3))
-    styles = _looks(section)
-    _legend(made, [_line(styles[label], label) for label in _labels_of(runs)], xlabel=_STEPS)
+    styles = section_looks(section)
+    legend(made, [legend_line(styles[label], label) for label in _labels_of(runs)], xlabel=STEPS)
     return Drawing(
         title="Route temperature",
         figure=made,
@@ -578,11 +341,11 @@ def _modules(section: Section) -> pd.DataFrame:
 def modules_used(section: Section) -> Drawing:
     """Modules used per task, every seed a point, their mean outlined."""
     rows = _modules(section)
-    styles = _looks(section)
+    styles = section_looks(section)
     labels = sorted(set(rows["label"]), key=order_key)
     means = rows.groupby(["label", "task"])["modules"].mean().unstack("label")
     order = list(means.mean(axis=1).sort_values(kind="stable").index)
-    made = _new(height=1.2 + max(0.2, 0.08 + 0.07 * len(labels)) * len(order))
+    made = new_figure(height=1.2 + max(0.2, 0.08 + 0.07 * len(labels)) * len(order))
     axes = made.subplots()
     for k, label in enumerate(labels):
         offset = 0.7 * ((k + 0.5) / len(labels) - 0.5)
@@ -606,14 +369,14 @@ def modules_used(section: Section) -> Drawing:
             edgecolors="#222222",
             linewidths=0.7,
             zorder=3,
-            label=_short(label, 60),
+            label=short(label, 60),
         )
-    axes.set_yticks(range(len(order)), [_task(str(task)) for task in order])
+    axes.set_yticks(range(len(order)), [task_name(str(task)) for task in order])
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlim(left=0)
     axes.set_xlabel("modules used")
-    _title(made, "Modules used per task", section)
-    _legend(made, axes.get_legend_handles_labels()[0])
+    title(made, "Modules used per task", section)
+    legend(made, axes.get_legend_handles_labels()[0])
     return Drawing(
         title="Modules used per task",
         figure=made,
@@ -641,8 +404,8 @@ def modules_difference(section: Section) -> Drawing:
     means = rows.groupby(["label", "task"])["modules"].mean().unstack("label")
     delta = (means[ours] - means[theirs]).sort_values(kind="stable")
     mean = float(delta.mean())
-    styles = _looks(section)
-    made = _new(height=1.0 + 0.19 * len(delta))
+    styles = section_looks(section)
+    made = new_figure(height=1.0 + 0.19 * len(delta))
     axes = made.subplots()
     colours = [styles[ours if value > 0 else theirs].colour for value in delta]
     axes.barh(np.arange(len(delta)), delta.to_numpy(), color=colours, height=0.72)
@@ -656,10 +419,10 @@ def modules_difference(section: Section) -> Drawing:
         textcoords="offset points",
         fontsize=7.5,
     )
-    axes.set_yticks(range(len(delta)), [_task(str(task)) for task in delta.index])
+    axes.set_yticks(range(len(delta)), [task_name(str(task)) for task in delta.index])
     axes.set_ylim(-0.6, len(delta) - 0.4)
-    axes.set_xlabel(f"modules used: {_short(ours, 30)} minus {_short(theirs, 30)}")
-    _title(made, "Difference in module quantity", section)
+    axes.set_xlabel(f"modules used: {short(ours, 30)} minus {short(theirs, 30)}")
+    title(made, "Difference in module quantity", section)
     paper = published("modules_used").query("algorithm == 'mega minus d2r'")
     printed = f"{float(paper['modules_mean'].iloc[0]):+.1f} on {paper['suite'].iloc[0]}"
     return Drawing(
@@ -687,10 +450,10 @@ def weight_intervals(section: Section) -> Drawing:
     table = runs[0].series("weight_intervals")[1][-1]
     precisions = [int(a["precision"]) for _, a in runs[0].snapshots if "precision" in a]
     bits = f"{precisions[-1]} bits per weight" if precisions else "precision not recorded"
-    made = _new(2.5)
-    panels = made.subplots(1, 2, sharey=True)
+    made = new_figure(2.5)
+    pair = made.subplots(1, 2, sharey=True)
     for axes, column, name, colour in zip(
-        panels, (1, 3), ("Softmax", "HalfSoftmax"), ("#44AA99", "#332288"), strict=True
+        pair, (1, 3), ("Softmax", "HalfSoftmax"), ("#44AA99", "#332288"), strict=True
     ):
         axes.vlines(table[:, 0], table[:, column], table[:, column + 1], color=colour, linewidth=5)
         for edge in (column, column + 1):
@@ -699,8 +462,8 @@ def weight_intervals(section: Section) -> Drawing:
         axes.set_xlabel("level (weights in the segment)")
         axes.set_ylim(-0.03, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    panels[0].set_ylabel("reachable module weight")
-    _title(made, "Interval of module weights", section)
+    pair[0].set_ylabel("reachable module weight")
+    title(made, "Interval of module weights", section)
     columns = ["level", "softmax_min", "softmax_max", "halfsoftmax_min", "halfsoftmax_max"]
     return Drawing(
         title="Interval of module weights",
@@ -741,13 +504,13 @@ def genotype_map(section: Section) -> Drawing:
     columns = min(3, len(embedded))
     rows = -(-len(embedded) // columns)
     few = len(section.tasks) <= 12
-    below = 0 if few else 0.17 * len(section.tasks) / 4
-    made = _new(height=below + (0.6 + 2.35 * rows if columns > 1 else 3.6))
+    below = 0 if few else 0.14 * len(section.tasks) / 4
+    made = new_figure(height=below + (0.6 + 2.35 * rows if columns > 1 else 3.6))
     grid = made.subplots(rows, columns, squeeze=False)
     for spare in grid.flat[len(embedded) :]:
         spare.set_axis_off()
     palette = [
-        (_TASK_COLOURS[i % len(_TASK_COLOURS)], _MARKERS[(i + i // 10) % len(_MARKERS)])
+        (TASK_COLOURS[i % len(TASK_COLOURS)], MARKERS[(i + i // 10) % len(MARKERS)])
         for i in range(len(section.tasks))
     ]
     for axes, (run, map_) in zip(grid.flat, embedded, strict=False):
@@ -760,16 +523,16 @@ def genotype_map(section: Section) -> Drawing:
         axes.set_xlabel("t-SNE 1", fontsize=7)
         axes.set_ylabel("t-SNE 2" if axes in grid[:, 0] else "", fontsize=7)
     handles = [
-        Line2D([], [], linestyle="", marker=m, color=c, markersize=4, label=_task(name))
+        Line2D([], [], linestyle="", marker=m, color=c, markersize=4, label=task_name(name))
         for name, (c, m) in zip(section.tasks, palette, strict=True)
     ]
     if not few:
-        _legend(made, handles, size=6.5)
+        legend(made, handles, size=6.5)
     elif grid.size > len(embedded):
         grid.flat[len(embedded)].legend(handles=handles, loc="center left")
     else:
         made.legend(handles=handles, loc="outside right center", ncols=1, fontsize=7)
-    _title(made, f"Genotypes by task ({_short(first[0].label, 30)})", section)
+    title(made, f"Genotypes by task ({short(first[0].label, 30)})", section)
     clarity = "; ".join(
         f"seed {run.seed}: {map_.silhouette_task:.2f} by task, "
         + (

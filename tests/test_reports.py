@@ -20,7 +20,8 @@ import pytest
 from rich.console import Console
 
 from reports import Results, build, published, stats, summary
-from reports.figures import FIGURES, figure, looks
+from reports.drawing import figure, looks
+from reports.figures import FIGURES
 from reports.frames import MissingError, sections
 from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
 from reports.tables import TABLES, comparisons, setting_warnings, table, to_latex, to_markdown

@@ -1,0 +1,280 @@
+"""How figures look: colours by name, panels, legends, and the registry of figures.
+
+No pyplot, no global state: the same frames give the same bytes.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from reports.frames import MissingError, Section, base_name
+
+WIDTH = 7.1
+"""Inches: the text width of a two-column paper."""
+DPI = 200
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "figure.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "reports",
+    "savefig.dpi": DPI,
+}
+
+# Okabe and Ito's colours, which stay apart in the common colour vision deficiencies.
+_OWN_COLOURS = {
+    "mega": "#D55E00",
+    "d2r": "#0072B2",
+    "soft_module": "#009E73",
+    "paco": "#CC79A7",
+    "care": "#E69F00",
+    "mtmh_sac": "#56B4E9",
+    "mt_sac": "#4D4D4D",
+}
+_OTHER_COLOURS = ("#882255", "#999933", "#332288", "#AA4499", "#117733", "#661100", "#6699CC")
+_VARIANT_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+_VARIANT_SHADES = (0.4, -0.4, 0.2)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+TASK_COLOURS = (
+    "#332288",
+    "#E69F00",
+    "#44AA99",
+    "#CC6677",
+    "#88CCEE",
+    "#117733",
+    "#882255",
+    "#999933",
+    "#AA4499",
+    "#4D4D4D",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A figure, what it shows, and the numbers it was drawn from."""
+
+    title: str
+    figure: Figure
+    caption: str
+    data: pd.DataFrame
+
+    def png(self) -> bytes:
+        """The figure at print resolution."""
+        return self._save("png")
+
+    def svg(self) -> bytes:
+        """The figure as vectors, its text as outlines."""
+        return self._save("svg")
+
+    def _save(self, kind: str) -> bytes:
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            # Neither a date nor a version: equal frames give equal bytes.
+            clean = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+            self.figure.savefig(buffer, format=kind, metadata=clean)
+        return buffer.getvalue()
+
+
+FIGURES: dict[str, Callable[[Section], Drawing]] = {}
+
+
+def figure(name: str) -> Callable[[Callable[[Section], Drawing]], Callable[[Section], Drawing]]:
+    """Registers a section's figure under ``name``, in the order of the page."""
+
+    def register(function: Callable[[Section], Drawing]) -> Callable[[Section], Drawing]:
+        if name in FIGURES:
+            raise ValueError(f"figure {name!r} is registered twice")
+
+        def styled(section: Section) -> Drawing:
+            with mpl.rc_context(STYLE):
+                made = function(section)
+                # Lay out once; both formats then share the positions.
+                made.figure.draw_without_rendering()
+                made.figure.set_layout_engine("none")
+                return made
+
+        FIGURES[name] = styled
+        return styled
+
+    return register
+
+
+# Colours and layout ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one label is drawn, everywhere."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+
+def _shade(colour: str, amount: float) -> str:
+    hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    light += amount * (1 - light if amount > 0 else light)
+    return to_hex(colorsys.hls_to_rgb(hue, light, saturation))
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """Colour by algorithm; dash, shade and marker by variant.
+
+    A name decides its own look; only where two names of one report would share one does the later
+    of them in alphabetical order move to the next free look.
+    """
+    out: dict[str, Look] = {}
+    taken: set[tuple[str, int]] = set()
+    bases: dict[str, str] = {}
+    for base in sorted({base_name(label) for label in labels}):
+        start = zlib.crc32(base.encode())
+        options = [_OTHER_COLOURS[(start + k) % len(_OTHER_COLOURS)] for k in range(7)]
+        free = [colour for colour in options if colour not in bases.values()]
+        bases[base] = _OWN_COLOURS.get(base, (free or options)[0])
+    slots = len(_VARIANT_DASHES) * len(_VARIANT_SHADES)
+    for label in sorted(labels):
+        base = base_name(label)
+        if label == base:
+            out[label] = Look(bases[base], "-", MARKERS[0])
+            continue
+        slot = zlib.crc32(label.encode()) % slots
+        while (base, slot) in taken and sum(b == base for b, _ in taken) < slots:
+            slot = (slot + 1) % slots
+        taken.add((base, slot))
+        out[label] = Look(
+            # Three shades and four dashes have no common divisor: every slot is a pair of its own.
+            _shade(bases[base], _VARIANT_SHADES[slot % len(_VARIANT_SHADES)]),
+            _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
+            MARKERS[1 + slot % (len(MARKERS) - 1)],
+        )
+    return out
+
+
+def section_looks(section: Section) -> dict[str, Look]:
+    """The looks of every label of the report, so that sections agree."""
+    names = set(section.results.runs["algorithm"]) | set(section.labels)
+    return looks(names)
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure with its own canvas; inches."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def title(made: Figure, words: str, section: Section) -> None:
+    """The figure's title: words, suite, and SMOKE where the preset is."""
+    smoke = " (SMOKE)" if section.preset == "smoke" else ""
+    made.suptitle(f"{words} · {short(section.suite, 40)}{smoke}", parse_math=False)
+
+
+def short(name: str, limit: int = 22) -> str:
+    """A name cut to ``limit`` characters, dollar signs kept from mathtext."""
+    name = name if len(name) <= limit else f"{name[: limit - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def task_name(name: str, limit: int = 26) -> str:
+    """A task's name without its version."""
+    return short(name.removesuffix("-v3").removesuffix("-v2"), limit)
+
+
+def panels(
+    section: Section, ylabel: str, share_y: bool = True
+) -> tuple[Figure, list[tuple[int, str, Axes]]]:
+    """Small multiples, one panel per task over environment steps."""
+    tasks = section.tasks
+    if not tasks:
+        raise MissingError("no evaluation has named the tasks yet")
+    columns = min(len(tasks), 5 if len(tasks) <= 25 else 8)
+    rows = -(-len(tasks) // columns)
+    made = new_figure(height=0.85 + (1.3 if columns <= 5 else 1.1) * rows)
+    grid = made.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
+    for spare in grid.flat[len(tasks) :]:
+        spare.set_axis_off()
+    cells = []
+    for index, (name, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
+        if columns <= 5:
+            axes.set_title(task_name(name), fontsize=7.5, pad=3)
+        else:
+            axes.set_title("\n".join(textwrap.wrap(task_name(name, 32), 16)), fontsize=6, pad=3)
+        axes.tick_params(labelsize=6.5)
+        steps_axis(axes, label="", ticks=3)
+        if index + columns >= len(tasks):
+            axes.tick_params(labelbottom=True)
+        cells.append((index, name, axes))
+    made.supylabel(ylabel, fontsize=8)
+    return made, cells
+
+
+STEPS = "environment steps per task"
+
+
+def steps_axis(axes: Axes, label: str = STEPS, ticks: int = 6) -> None:
+    """Environment steps as 20k, 1M."""
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(label)
+
+
+def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float = 7.5) -> None:
+    """A legend below everything, and between it and the panels their common label.
+
+    As many columns as the longest label leaves room for, at most six.
+    """
+    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
+    width, height = (float(inches) for inches in made.get_size_inches())
+    columns = max(1, min(6, len(handles), int(width / (0.0076 * size * longest + 0.38))))
+    below = 0.06 + 0.0215 * size * -(-len(handles) // columns)
+    bottom = (below + (0.18 if xlabel else 0)) / height
+    engine = made.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, bottom, 1, 1 - bottom))
+    if handles:
+        made.legend(
+            handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2, fontsize=size
+        )
+    if xlabel:
+        made.text(0.5, (below + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
+
+
+def legend_line(look: Look, label: str) -> Line2D:
+    """A legend entry for one label."""
+    return Line2D([], [], color=look.colour, linestyle=look.dash, label=short(label, 60))
+
+
+UNFINISHED = Line2D([], [], color="#777777", linewidth=0.8, linestyle=":", label="unfinished run")
