@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -25,6 +27,9 @@ from suites.base import Suite
 
 SCHEMA = 1
 """Version of the run directory's files."""
+
+MAX_SEEDS = 10_000
+"""Of one request: more is a slip of the keyboard."""
 
 LARGE_SUITE = 10
 """Suites of more tasks than this take the papers' MT50 values."""
@@ -222,6 +227,8 @@ class RunSpec(BaseModel):
         ``overrides``: field name, or ``algorithm.field`` for one algorithm, to value (or its text).
         Raises SpecError naming what is unknown or out of range, and what would be allowed.
         """
+        if seed < 0:
+            raise SpecError(f"seed {seed}: seeds start at 0")
         chosen = preset(preset_name)
         name, _, variant = algorithm.partition("@")
         agent = _agent(name)
@@ -281,7 +288,7 @@ def variant_values(agent: type[Agent], name: str, variant: str) -> dict[str, Any
         return {}
     for pattern, values in agent.VARIANTS.items():
         fields = re.findall(r"\{(\w+)\}", pattern)
-        regex = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(pattern))
+        regex = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d{1,9})", re.escape(pattern))
         if found := re.fullmatch(regex, variant):
             return values | {field: int(found[field]) for field in fields}
     known = [f"{name}@{pattern}" for pattern in agent.VARIANTS]
@@ -295,9 +302,10 @@ def parse_value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
@@ -315,28 +323,27 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 def parse_seeds(text: str) -> list[int]:
     """``5`` means 0..4; ``0-9`` and ``3,7`` name seeds. Raises SpecError on none or duplicates."""
+    parts = text.split(",")
+    if re.fullmatch(r"\s*\d{1,18}\s*", text):
+        parts = [f"0-{int(text) - 1}"] if int(text) else []
     seeds: list[int] = []
-    if re.fullmatch(r"\d+", text.strip()):
-        seeds = list(range(int(text)))
-    else:
-        for part in text.split(","):
-            found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?,?", part)
-            if not found:
-                raise SpecError(
-                    f"seeds {text!r}: {part!r} is neither a seed nor a range; "
-                    "write 5 (seeds 0 to 4), 0-9, or 3,7"
-                )
-            low, high = int(found[1]), int(found[2] or found[1])
-            if high < low:
-                raise SpecError(f"seeds {text!r}: the range {part.strip()!r} runs backwards")
-            seeds += range(low, high + 1)
+    for part in parts:
+        found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
+        if not found:
+            raise SpecError(
+                f"seeds {text!r}: {part!r} is neither a seed nor a range; "
+                "write 5 (seeds 0 to 4), 0-9, or 3,7"
+            )
+        low, high = int(found[1]), int(found[2] or found[1])
+        if high < low:
+            raise SpecError(f"seeds {text!r}: the range {part.strip()!r} runs backwards")
+        if len(seeds) + high - low >= MAX_SEEDS:
+            raise SpecError(f"seeds {text!r}: at most {MAX_SEEDS} are allowed")
+        seeds += range(low, high + 1)
     if not seeds:
         raise SpecError(f"seeds {text!r}: no seed named; write 5 (seeds 0 to 4), 0-9, or 3,7")
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1}) if len(seeds) < 10_000 else []
-    if twice:
-        raise SpecError(f"seeds {text!r}: {twice[0]} is named twice")
-    if len(seeds) > 10_000:
-        raise SpecError(f"seeds {text!r}: {len(seeds)} seeds; at most 10000 are allowed")
+    if twice := [seed for seed, number in Counter(seeds).items() if number > 1]:
+        raise SpecError(f"seeds {text!r}: {min(twice)} is named twice")
     return seeds
 
 
@@ -392,6 +399,8 @@ def _build(
     for layer, content in layers.items():
         for field in content.keys() & model.model_fields.keys():
             values[field], sources[field] = content[field], layer
+            if isinstance(content[field], float) and not math.isfinite(content[field]):
+                raise SpecError(f"{owner}: {field}={content[field]}: not a finite number")
     try:
         return model(**values), sources
     except ValidationError as error:
