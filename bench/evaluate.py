@@ -31,20 +31,15 @@ class Outcome(NamedTuple):
         return rows
 
 
-def evaluate(
-    policy: Policy,
-    envs: VectorEnv,
-    episodes: int,
-    seed: int,
-    *,
-    sample_every: int = 10,
-    sampled_episodes: int = 5,
-) -> Outcome:
+SAMPLE_EVERY, SAMPLED_EPISODES = 10, 5
+"""Observations are kept of every so many steps of the first so many episodes."""
+
+
+def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outcome:
     """Run ``episodes`` episodes of each task with ``policy`` in ``envs`` (made without autoreset).
 
     Episode k of a task starts from a seed made of the evaluation seed, the task and k, so it is the
-    same for every algorithm, training seed and checkpoint. Observations of every
-    ``sample_every``-th step of the first ``sampled_episodes`` episodes are kept.
+    same for every algorithm, training seed and checkpoint.
     """
     names, per_round = envs.spec.task_names, envs.envs_per_task
     success = np.zeros((len(names), episodes), bool)
@@ -54,10 +49,10 @@ def evaluate(
         numbers = range(first, first + per_round)
         seeds = [[stream(seed, "evaluation", name, n) for n in numbers] for name in names]
         obs = envs.reset(np.array(seeds, np.uint64))
-        wanted = min(per_round, episodes - first, max(0, sampled_episodes - first))
+        wanted = min(per_round, episodes - first, max(0, SAMPLED_EPISODES - first))
         ended = 0
         for t in range(envs.spec.horizon):
-            if wanted and t % sample_every == 0:
+            if wanted and t % SAMPLE_EVERY == 0:
                 kept.append(obs[:, :wanted].copy())
             step = envs.step(policy(obs))
             obs = step.obs
