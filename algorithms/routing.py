@@ -32,29 +32,36 @@ from torch.autograd.function import once_differentiable
 
 from algorithms.nn import Init, LayerNorm, Linear, draw
 
+NEVER = -1e30
+"""Score of a connection that does not exist: below all others, yet finite."""
+
+CACHED_NUMBERS = 2**20
+"""Module outputs (numbers) computed together on a CPU; see `ModuleStack`."""
+
 Choice = Literal["sample", "top_k"]
 """How a path is chosen: drawn at the task's route temperature, or the largest logits."""
 
 
 class Route(NamedTuple):
-    """The sources of each destination and their weights, for each copy, task and row."""
+    """The sources of each destination and their weights, rows of the batch last."""
 
-    sources: Tensor  # (C, T, B, M, K) int64, zero-based; 0 where a destination has fewer than K
-    weights: Tensor  # (C, T, B, M, K), exactly 0 where a destination has fewer than K sources
+    sources: Tensor  # (C, M, K, T, B) int64, zero-based; 0 where a destination has fewer than K
+    weights: Tensor  # (C, M, K, T, B), exactly 0 where a destination has fewer than K sources
 
     def matrix(self) -> Tensor:
         """The weights as (C, T, B, M, M): destination, source; zero where not in the path."""
-        dense = self.weights.new_zeros(*self.weights.shape[:-1], self.weights.shape[-2])
-        return dense.scatter_add_(-1, self.sources, self.weights)
+        dense = self.weights.new_zeros(self._shape())
+        return dense.scatter_add_(2, self.sources, self.weights).permute(0, 3, 4, 1, 2)
 
     def path(self) -> Tensor:
         """The path d as booleans (C, T, B, M, M): destination, source."""
-        modules = self.sources.shape[-2]
-        dense = torch.zeros(
-            *self.sources.shape[:-1], modules, dtype=torch.bool, device=self.sources.device
-        )
-        # A destination without K sources repeats source 0, which it then has anyway.
-        return dense.scatter_(-1, self.sources, True)
+        dense = torch.zeros(self._shape(), dtype=torch.bool, device=self.sources.device)
+        # A destination with fewer than K sources repeats source 0, which it has anyway.
+        return dense.scatter_(2, self.sources, True).permute(0, 3, 4, 1, 2)
+
+    def _shape(self) -> tuple[int, ...]:
+        copies, modules, _, tasks, rows = self.sources.shape
+        return copies, modules, modules, tasks, rows
 
 
 def modules_used(edges: Tensor) -> Tensor:
@@ -89,9 +96,10 @@ def unpack_path(packed: Tensor, modules: int) -> Tensor:
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] & places).flatten(-2) != 0
     row, column = torch.tril_indices(modules, modules, device=packed.device)
-    path = bits.new_zeros(*bits.shape[:-1], modules * modules)
-    path[..., row * modules + column] = bits[..., : len(row)]
-    return path.view(*path.shape[:-1], modules, modules)
+    place = torch.full((modules * modules,), len(row), device=packed.device)
+    place[row * modules + column] = torch.arange(len(row), device=packed.device)
+    bits = nn.functional.pad(bits[..., : len(row)], (0, 1))  # a false bit for the other triangle
+    return bits.index_select(-1, place).view(*bits.shape[:-1], modules, modules)
 
 
 def route_temperature(log_alpha: Tensor, scale_by_tasks: bool = True) -> Tensor:
@@ -189,78 +197,75 @@ class RoutedNetwork(nn.Module):
         state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
         task = self.task_encoder()  # (C, T, 1, width)
         hidden = self.router(state * task if self.state_routing else task.expand_as(state))
-        logits = self._routing_logits(hidden)  # (C, M, M, T*B)
-        sources, valid = self._choose(logits.detach(), route, generator, x.shape[1:3])
-        weights = self._weights(logits, sources, valid)  # (C, M, K, T*B)
+        logits = self._routing_logits(hidden)  # (C, M(M+1)/2, T*B)
+        z = self._triangular(logits, -torch.inf)  # (C, M, M, T*B)
+        sources, valid = self._choose(logits.detach(), z.detach(), route, generator, x.shape[2])
+        weights = self._weights(z, sources, valid)  # (C, M, K, T*B)
 
-        copies, rows = len(logits), logits.shape[-1]
+        copies, tasks, rows = len(z), *x.shape[1:3]
         suitable = None
         if torch.is_grad_enabled() and self.resrouting:
-            chance = torch.softmax(logits.detach(), 2).gather(2, sources)
+            chance = torch.softmax(z.detach(), 2).gather(2, sources)
             suitable = chance > self._bar if self.threshold == "above" else chance >= self._bar
-        first = self.first(state).view(copies, rows, -1)
+        first = self.first(state).flatten(1, 2)
         mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
-        output = self.head(mixed.view(copies, *x.shape[1:3], -1))
-        shape = (copies, *x.shape[1:3], *weights.shape[1:3])
-        chosen = Route(
-            sources.permute(0, 3, 1, 2).reshape(shape),
-            weights.detach().permute(0, 3, 1, 2).reshape(shape),
-        )
-        return output, chosen
+        output = self.head(mixed.view(copies, tasks, rows, -1))
+        shape = (*sources.shape[:3], tasks, rows)
+        return output, Route(sources.view(shape), weights.detach().view(shape))
 
     def _routing_logits(self, hidden: Tensor) -> Tensor:
-        """z as (C, M, M, rows): destination, source, row; -inf outside the triangle."""
-        copies, modules = len(hidden), self.modules_count
-        layer = self.logits  # its product transposed, so that the rows come last at no cost
-        z = torch.baddbmm(
-            layer.bias.transpose(1, 2),
-            layer.weight.transpose(1, 2),
-            hidden.flatten(1, 2).transpose(1, 2),
-        )  # (C, M(M+1)/2, rows)
-        padded = z.new_full((copies, modules * modules, z.shape[-1]), -torch.inf)
-        padded = padded.index_copy(1, self._triangle, z)
-        return padded.view(copies, modules, modules, -1)
+        """z as (C, M(M+1)/2, rows), destination after destination."""
+        # A linear layer, with its product transposed so that the rows come last at no cost.
+        weight, bias = self.logits.weight, self.logits.bias
+        rows = hidden.flatten(1, 2)
+        return torch.baddbmm(bias.mT, weight.mT, rows.mT)
+
+    def _triangular(self, values: Tensor, elsewhere: float) -> Tensor:
+        """Values (C, M(M+1)/2, rows) of the connections as (C, M, M, rows)."""
+        copies, modules, rows = len(values), self.modules_count, values.shape[-1]
+        padded = values.new_full((copies, modules * modules, rows), elsewhere)
+        return padded.index_copy_(1, self._triangle, values).view(copies, modules, modules, rows)
 
     def _choose(
         self,
+        logits: Tensor,
         z: Tensor,
         route: Choice | Tensor,
         generator: torch.Generator | None,
-        tasks_and_rows: torch.Size,
+        rows_per_task: int,
     ) -> tuple[Tensor, Tensor]:
-        """The path: sources (C, M, K, rows), and whether each exists, of logits (C, M, M, rows)."""
-        copies, modules, _, rows = z.shape
+        """The path: sources (C, M, K, rows), and whether each exists."""
+        copies, modules = z.shape[:2]
+        order = self._order
+        if self.top_k == modules:
+            valid = z > -torch.inf
+            return torch.where(valid, order.long(), 0), valid
         if isinstance(route, Tensor):
-            path = route.expand(copies, -1, -1, -1, -1).flatten(1, 2).permute(0, 2, 3, 1)
-            score = torch.zeros_like(z).masked_fill_(~path, -torch.inf)
+            path = route.flatten(1, 2).permute(0, 2, 3, 1).to(z.dtype, copy=True)
+            score = path.sub_(1).mul_(-NEVER).expand(copies, -1, -1, -1)
         elif route == "top_k":
-            score = z
+            score = self._triangular(logits, NEVER)
         else:
             # The K largest of z / tau + Gumbel noise are K draws without replacement from
             # softmax(z / tau) (Kool et al. 2019).
-            connections = len(self._triangle)
-            uniform = torch.rand(
-                copies, connections, rows, generator=generator, dtype=z.dtype, device=z.device
-            )
-            gumbel = uniform.clamp_min_(1e-12).log_().neg_().log_().neg_()
-            tau = self.temperature[:, None, :, None].expand(-1, -1, -1, tasks_and_rows[1])
-            flat = z.view(copies, -1, rows)
-            score = (flat / tau.flatten(2)).index_add_(1, self._triangle, gumbel).view_as(z)
-        if self.top_k == modules:
-            valid = z > -torch.inf
-            return torch.where(valid, self._order.long(), 0), valid
+            noise = torch.rand(logits.shape, generator=generator, dtype=z.dtype, device=z.device)
+            noise.clamp_min_(1e-12).log_().neg_().log_()
+            tau = self.temperature[:, None, :, None].expand(-1, 1, -1, rows_per_task)
+            score = self._triangular((logits / tau.flatten(2)).sub_(noise), NEVER)
 
-        sources, exists = [], []
-        order = self._order.to(z.dtype)
+        sources: list[Tensor] = []
+        exists: list[Tensor] = []
         for rank in range(self.top_k):
+            if rank:
+                score = score.scatter(2, sources[-1], -torch.inf)
             best = score.amax(2, keepdim=True)
-            # The earliest source wins ties, so that a path never has more than K.
-            index = torch.where(score == best, order, modules).amin(2, keepdim=True)
-            sources.append(index)
-            exists.append(best > -torch.inf)
-            if rank + 1 < self.top_k:
-                score = score.masked_fill(order == index, -torch.inf)
-        return torch.cat(sources, 2).long(), torch.cat(exists, 2)
+            exists.append(best > NEVER / 2)
+            # The first of the best, in arithmetic, which is faster than comparisons: 0 + its
+            # place for the best, at least M for others.
+            distance = (best - score).sign_()
+            place = distance.mul_(modules).add_(order).amin(2, keepdim=True)
+            sources.append(place.long() * exists[-1])
+        return torch.cat(sources, 2), torch.cat(exists, 2)
 
     def _weights(self, z: Tensor, sources: Tensor, valid: Tensor) -> Tensor:
         """p^i = MaskSoftmax(z^i, d^i) (Eq. 5), or softmax(z^i) at the sources without rescaling."""
@@ -315,11 +320,22 @@ class ModuleStack(nn.Module):
         ``suitable`` (C, M, K, R): where gradients may reach a source's own module; None:
         everywhere. ``shortcut_masked``: whether that holds for the shortcut as well.
         """
-        output: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
-            first, weights, self.weight, self.bias, self.scale, self.shift,
-            sources, suitable, shortcut_masked,
-        )  # fmt: skip
-        return output
+        # On a CPU, as many rows at a time as let all modules' outputs stay in its cache.
+        at_once = first.shape[1]
+        if first.device.type == "cpu":
+            modules = len(self.weight[0]) + 1
+            at_once = max(1, CACHED_NUMBERS // (len(first) * modules * first.shape[2]))
+        parts = [
+            _Stack.apply(  # type: ignore[no-untyped-call]
+                first[:, rows], weights[..., rows], self.weight, self.bias, self.scale, self.shift,
+                sources[..., rows], None if suitable is None else suitable[..., rows],
+                shortcut_masked,
+            )
+            for rows in (
+                slice(start, start + at_once) for start in range(0, first.shape[1], at_once)
+            )
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
         """Draw the parameters as those of linear layers, one per module."""
@@ -333,13 +349,13 @@ class _Stack(torch.autograd.Function):
     Below, N = C * R rows of all copies, d the module width. Destination i (zero-based) is module
     i + 1 (zero-based) or, at i = M - 1, the head. Forward, both paths that leave a source carry
     the same numbers, so one mixture u_i serves the module and its shortcut. Backward they differ:
-    with a_i the gradient arriving at u_i through W_i and s_i the one through the shortcut,
+    with a_i the gradient arriving at u_i through W_i and t_i that and the shortcut's together,
 
-        d u_j += p_ij (a_i + s_i)                     j's own shortcut, never blocked
-        d y_j += p_ij (suitable_ij a_i + s_i)         or suitable_ij (a_i + s_i) if also masked
-        d p_ij = <a_i + s_i, m_j>
+        d u_j += p_ij t_i                                 (j's own shortcut, never blocked)
+        d y_j += p_ij t_i - blocked_ij p_ij a_i           (or - blocked_ij p_ij t_i if also masked)
+        d p_ij = <t_i, m_j>
 
-    pulled by each source from all later destinations in one batched product.
+    which each destination pushes to its sources, last destination first.
     """
 
     @staticmethod
@@ -361,104 +377,90 @@ class _Stack(torch.autograd.Function):
         picked = sources.permute(1, 0, 3, 2).reshape(modules, total, k).contiguous()
         share = weights.permute(1, 0, 3, 2).reshape(modules, total, k).contiguous()
         row = torch.arange(total, device=first.device)
-        index = torch.add(row[:, None], picked, alpha=total).view(modules, total * k)
-        share_flat = share.view(modules, total * k)
+        index = torch.add(row[:, None], picked, alpha=total).view(modules, total * k).unbind()
+        factor = share.view(modules, total * k).unbind()
         bag = torch.arange(0, total * k, k, device=first.device)
 
         m = first.new_empty(modules, copies, rows, width)
-        table = m.view(modules * total, width)
-        m[0] = first
-        active = first.new_empty(modules - 1, copies, rows, width, dtype=torch.bool)
-        u, pre, statistics = [], [], []
-        for i in range(modules):
-            mixed = torch.embedding_bag(
-                table, index[i], bag, False, 0, False, share_flat[i]
-            )[0].view(copies, rows, width)  # fmt: skip
-            if i == modules - 1:
-                break
+        table, outputs = m.view(modules * total, width), m.unbind()
+        outputs[0].copy_(first)
+        u, y, normed = [], [], []
+        for i, (w, b) in enumerate(zip(weight.unbind(1), bias.unbind(1), strict=True)):
+            mixed = _mix(table, index[i], bag, factor[i]).view(copies, rows, width)
             u.append(mixed)
-            y = torch.baddbmm(bias[:, i], mixed, weight[:, i])
+            pre = torch.baddbmm(b, mixed, w)
             if scale is not None and shift is not None:
-                pre.append(y)
-                y, mean, deviation = torch.native_layer_norm(y, [width], None, None, 1e-5)
-                statistics.append((mean, deviation))
-                y = torch.addcmul(shift[:, i], y, scale[:, i])
-            torch.gt(y, 0, out=active[i])
-            torch.add(y.relu_(), mixed, out=m[i + 1])
-        ctx.save_for_backward(m, active, picked, share, weight, scale, suitable)
-        ctx.u, ctx.pre, ctx.statistics, ctx.shortcut_masked = u, pre, statistics, shortcut_masked
-        return mixed
+                hat, mean, deviation = torch.native_layer_norm(pre, [width], None, None, 1e-5)
+                normed.append((pre, hat, mean, deviation))
+                pre = torch.addcmul(shift[:, i], hat, scale[:, i])
+            y.append(pre.relu_())
+            torch.add(mixed, y[i], out=outputs[i + 1])
+        ctx.save_for_backward(m, picked, share, weight, scale, suitable)
+        ctx.index, ctx.u, ctx.y, ctx.normed = index, u, y, normed
+        ctx.shortcut_masked = shortcut_masked
+        return _mix(table, index[-1], bag, factor[-1]).view(copies, rows, width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        m, active, picked, share, weight, scale, suitable = ctx.saved_tensors
+        m, picked, share, weight, scale, suitable = ctx.saved_tensors
         modules, copies, rows, width = m.shape
-        total = copies * rows
-        pull = _pull_matrices(picked, share, suitable, ctx.shortcut_masked)
-        # Gradients at each u: (destination, through W or shortcut, ...).
-        g = gradient.new_empty(modules, 2, copies, rows, width)
-        flat = g.view(2 * modules, total, width).transpose(0, 1)  # (N, 2M, d)
-        g[-1, 0], g[-1, 1] = gradient, 0
+        total, k = copies * rows, share.shape[-1]
+        shape = (copies, rows, width)
+        lanes = 1 if suitable is None else 2
+        if suitable is not None:
+            allowed = suitable.permute(1, 0, 3, 2).reshape(share.shape)
+            block = share.masked_fill(allowed, 0)
+
+        t = gradient.new_empty(modules, total, width)
+        t[-1] = gradient.reshape(total, width)
+        a = t[-1]
+        # What destinations push to each source: d u_j, and what of it is blocked from y_j.
+        pushed = gradient.new_zeros(modules * total, lanes, width)
+        push = gradient.new_empty(total, k, lanes, width)
         learning = ctx.needs_input_grad[2]
         g_weight, g_bias, g_scale, g_shift = [], [], [], []
-        for i in range(modules - 2, -1, -1):
-            j = i + 1  # the source that destination i is to later ones
-            both = torch.bmm(pull[:, j, :, 2 * j :], flat[:, 2 * j :])  # (N, 2, d)
-            g[i, 1] = both[:, 0].view(copies, rows, width)
-            g_y = both[:, 1].view(copies, rows, width) * active[i]
+        for i in range(modules - 1, -1, -1):
+            torch.mul(share[i, :, :, None], t[i, :, None], out=push[:, :, 0])
+            if lanes == 2:
+                source = t[i] if ctx.shortcut_masked else a
+                torch.mul(block[i, :, :, None], source[:, None], out=push[:, :, 1])
+            pushed.index_add_(0, ctx.index[i], push.view(total * k, lanes, width))
+            # Module i (zero-based) has now heard from all its destinations.
+            g_u = pushed[i * total : (i + 1) * total, 0]
+            g_y = g_u - pushed[i * total : (i + 1) * total, 1] if lanes == 2 else g_u
+            g_y = g_y.reshape(shape)
+            if i == 0:
+                break
+            w, y = weight[:, i - 1], ctx.y[i - 1]
+            g_y = torch.ops.aten.threshold_backward(g_y, y, 0)
             if scale is not None:
-                mean, deviation = ctx.statistics[i]
+                pre, hat, mean, deviation = ctx.normed[i - 1]
                 if learning:
-                    normed = (ctx.pre[i] - mean) * deviation
-                    g_scale.append((g_y * normed).sum(1, keepdim=True))
+                    g_scale.append((g_y * hat).sum(1, keepdim=True))
                     g_shift.append(g_y.sum(1, keepdim=True))
                 g_y = torch.ops.aten.native_layer_norm_backward(
-                    g_y * scale[:, i], ctx.pre[i], [width], mean, deviation,
+                    g_y * scale[:, i - 1], pre, [width], mean, deviation,
                     None, None, [True, False, False],
                 )[0]  # fmt: skip
             if learning:
-                g_weight.append(torch.bmm(ctx.u[i].transpose(1, 2), g_y))
+                g_weight.append(torch.bmm(ctx.u[i - 1].mT, g_y))
                 g_bias.append(g_y.sum(1, keepdim=True))
-            torch.bmm(g_y, weight[:, i].transpose(1, 2), out=g[i, 0])
-        g_first = torch.bmm(pull[:, 0, 1:], flat).view(copies, rows, width)
+            a = torch.bmm(g_y, w.mT).view(total, width)
+            torch.add(a, g_u, out=t[i - 1])
 
-        arriving = g.sum(1).view(modules, total, width)
-        per_source = torch.bmm(
-            arriving.transpose(0, 1), m.view(modules, total, width).permute(1, 2, 0)
-        )  # (N, M destinations, M sources)
+        by_row = t.transpose(0, 1)  # (N, M, d)
+        per_source = torch.bmm(by_row, m.view(modules, total, width).permute(1, 2, 0))
         g_share = per_source.transpose(0, 1).gather(2, picked)  # (M, N, K)
         g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
         learned = [
             torch.stack(each[::-1], 1) if each else None
             for each in (g_weight, g_bias, g_scale, g_shift)
         ]
-        return g_first, g_weights, *learned, None, None, None
+        return g_y, g_weights, *learned, None, None, None
 
 
-def _pull_matrices(
-    picked: Tensor, share: Tensor, suitable: Tensor | None, shortcut_masked: bool
-) -> Tensor:
-    """What sources pull from destinations, (N, source, 2, destination x 2).
-
-    Of the first 2: for the source's u, for its y; of the second: from the gradient through the
-    destination's W, from the one through its shortcut.
-    """
-    modules, total, _ = picked.shape
-    pull = share.new_empty(total, modules, 2, modules, 2)
-
-    def dense(values: Tensor) -> Tensor:
-        zeros = values.new_zeros(modules, total, modules)
-        return zeros.scatter_add_(2, picked, values).permute(1, 2, 0)  # (N, source, destination)
-
-    reaching = dense(share)
-    pull[:, :, 0, :, 0] = reaching
-    pull[:, :, 0, :, 1] = reaching
-    if suitable is None:
-        pull[:, :, 1] = pull[:, :, 0]
-    else:
-        allowed = suitable.permute(1, 0, 3, 2).reshape(share.shape)
-        unblocked = dense(share * allowed)
-        pull[:, :, 1, :, 0] = unblocked
-        pull[:, :, 1, :, 1] = unblocked if shortcut_masked else reaching
-    return pull.flatten(3)
+def _mix(table: Tensor, index: Tensor, bag: Tensor, factor: Tensor) -> Tensor:
+    """sum_k p_k m_{d_k} for each row (N, d), from the outputs (M * N, d) of all modules so far."""
+    mixed: Tensor = torch.embedding_bag(table, index, bag, False, 0, False, factor)[0]
+    return mixed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from algorithms import routing
 from algorithms.nn import initialise
 from algorithms.routing import (
     RoutedNetwork,
@@ -189,6 +190,17 @@ def test_gradient_passes_round_an_unsuitable_module(masked: bool) -> None:
         network.logits.bias[:, 0, 1:3] = torch.tensor([-9.0, 9.0], dtype=torch.float64)
     suitable = gradients(network(x, path)[0], network, x)["rest.weight"][:, 0]
     assert suitable.abs().max() > 0
+
+
+def test_chunks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = build(layer_norm=True), observations().requires_grad_()
+    whole, route = network(x, "sample", torch.Generator().manual_seed(1))
+    monkeypatch.setattr(routing, "CACHED_NUMBERS", C * M * UNITS * 5)  # 5 rows at a time
+    parts, _ = network(x, route.path())
+    torch.testing.assert_close(parts, whole)
+    ours, theirs = gradients(parts, network, x), gradients(whole, network, x)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
 
 def test_frozen_parameters_still_pass_gradients_to_the_input() -> None:
