@@ -35,7 +35,7 @@ from algorithms.nn import Init, LayerNorm, Linear, draw
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
 
-CACHED_NUMBERS = 2**20
+CACHED_NUMBERS = 2**21
 """Module outputs (numbers) computed together on a CPU; see `ModuleStack`."""
 
 Choice = Literal["sample", "top_k"]
