@@ -283,9 +283,8 @@ class LocalLauncher:
                 job.error = f"the process was killed by {name}" + (
                     " (out of memory?)" if name == "SIGKILL" else ""
                 )
-                job.store.write_status(
-                    "failed", **{**status, "state": "failed", "error": job.error}
-                )
+                facts = {key: value for key, value in status.items() if key != "state"}
+                job.store.write_status("failed", **(facts | {"error": job.error}))
             else:
                 job.error = str(status.get("error") or f"exit code {code}, see log.txt")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,8 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
+
+from bench.cli import app, main
 
 BENCH = [sys.executable, "-m", "bench.cli"]
 TOY = [
@@ -21,10 +27,25 @@ TOY = [
 ]  # fmt: skip
 
 
-def bench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*BENCH, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, check=False
-    )
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def bench(*arguments: str) -> Done:
+    """Run the command line in this process, which spares the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["bench", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -62,8 +83,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown_commands() -> list[str]:
-    from bench.cli import app
-
     return [info.name or info.callback.__name__ for info in app.registered_commands]  # type: ignore[union-attr]
 
 
@@ -218,7 +237,7 @@ def test_show_tells_where_values_come_from() -> None:
 def test_interrupt_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     command = [
         "run", "--algos", "mt_sac", *TOY, "--seeds", "1", "--steps", "20000",
-        "--set", "eval_every=10000", "--out", str(tmp_path / "out"),
+        "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     process = start(*command)
     try:
