@@ -45,6 +45,10 @@ __all__ = ["FIGURES", "Drawing", "figure"]
 # Curves ------------------------------------------------------------------------------------------
 
 
+FEW_POINTS = 8
+"""A curve of fewer evaluations than this shows each as a point; a single one is no line."""
+
+
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
     """Runs x steps, the mean over the rows of a cell."""
     return rows.pivot_table(index="run", columns="step", values="value")
@@ -62,6 +66,8 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
             linewidth=0.6,
             alpha=0.55,
             linestyle=":" if unfinished else "-",
+            marker="." if len(series) < FEW_POINTS else None,
+            markersize=3,
         )
     finished = _wide(rows[rows["finished"]]).dropna(axis="columns")
     if finished.empty:
@@ -70,7 +76,15 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
     mean, low, high = stats.mean_interval(finished.to_numpy())
     if band and np.isfinite(low).any():
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
-    axes.plot(steps, mean, color=look.colour, linestyle=look.dash, linewidth=bold)
+    axes.plot(
+        steps,
+        mean,
+        color=look.colour,
+        linestyle=look.dash,
+        linewidth=bold,
+        marker="o" if len(steps) < FEW_POINTS else None,
+        markersize=3 * bold,
+    )
 
 
 def _curve_rows(section: Section, metric: str) -> pd.DataFrame:
@@ -124,7 +138,8 @@ def learning_curves(section: Section) -> Drawing:
         title="Learning curves",
         figure=made,
         caption=section.caption(
-            "Success rate of the deterministic policy at each evaluation, mean over tasks. "
+            "Success rate of the deterministic policy at each evaluation and, last, the final one, "
+            "mean over tasks. "
             f"{_CURVE_ESTIMATOR} Band: 95 % t interval of that mean, from {stats.MIN_SEEDS} seeds "
             "on. Dashed grey: reference policies, where recorded."
         ),
@@ -152,7 +167,9 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
     return Drawing(
         title=words,
         figure=made,
-        caption=section.caption(f"{words}, at each evaluation. {_CURVE_ESTIMATOR}{scale}"),
+        caption=section.caption(
+            f"{words}, at each evaluation and, last, the final one. {_CURVE_ESTIMATOR}{scale}"
+        ),
         data=rows.rename(columns={"value": metric}),
     )
 
@@ -447,7 +464,9 @@ def weight_intervals(section: Section) -> Drawing:
     runs = section.probed("weight_intervals")
     if not runs:
         raise MissingError("no run has recorded weight intervals (only MEGA has them)")
-    table = runs[0].series("weight_intervals")[1][-1]
+    # The table has a row for each level reached so far, so it grows with the stages.
+    tables = [a["weight_intervals"] for run in runs for _, a in run.snapshots]
+    table = max(tables, key=len)
     precisions = [int(a["precision"]) for _, a in runs[0].snapshots if "precision" in a]
     bits = f"{precisions[-1]} bits per weight" if precisions else "precision not recorded"
     made = new_figure(2.5)

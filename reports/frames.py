@@ -284,12 +284,12 @@ class Section:
         return [label for label in self.labels if len(self.scores(label))]
 
     def curves(self, metric: str) -> pd.DataFrame:
-        """Evaluations during training: label, run, finished, step, task, value.
+        """Evaluations during training and the final one: label, run, finished, step, task, value.
 
         ``success`` comes as a rate; ``return`` as the mean over the evaluation's episodes.
         """
         rows = self.metrics
-        rows = rows[(rows["kind"] == "eval") & (rows["metric"] == metric)]
+        rows = rows[rows["kind"].isin(["eval", "final"]) & (rows["metric"] == metric)]
         value = rows["value"] / rows["count"] if metric == "success" else rows["value"]
         keep = ["label", "run", "finished", "step", "task"]
         return rows[keep].assign(value=value).dropna(subset="value")
