@@ -28,8 +28,8 @@ Measured = Callable[[RunStore], dict[str, bytes]]
 
 LEARN = {
     "gamma": 0.9, "tau": 0.02, "reward_scale": 1.0, "actor_lr": 3e-3, "critic_lr": 3e-3,
-    "alpha_lr": 3e-2, "batch_per_task": 64, "width": 64, "module_width": 32, "router_width": 32,
-    "critic_layer_norm": False, "reward_balance": None,
+    "alpha_lr": 3e-2, "batch_per_task": 32, "width": 64, "module_width": 32, "router_width": 32,
+    "init": "torch", "critic_layer_norm": False, "reward_balance": None,
 }  # fmt: skip
 """Settings under which the toy suite is learnt quickly."""
 
@@ -289,7 +289,7 @@ def test_learns_the_toy_suite(
     algorithm: str, toy_spec: ToySpec, open_store: Open, tmp_path: Path
 ) -> None:
     spec = toy_spec(
-        algorithm, steps_per_task=3000, warmup_steps=100, eval_every=1000, eval_episodes=10,
+        algorithm, steps_per_task=3000, warmup_steps=100, eval_every=1500, eval_episodes=10,
         final_episodes=30, replay_per_task=3000, **fields(algorithm, LEARN),
     )  # fmt: skip
     suite = spec.make_suite()
@@ -303,8 +303,8 @@ def test_learns_the_toy_suite(
     rate = final["value"].sum() / final["count"].sum()
     print(f"{algorithm}: {before.success.mean():.2f} -> {rate:.2f}")
     assert before.success.mean() < 0.2
-    assert rate > before.success.mean() + 0.3
-    assert (final["value"] / final["count"] > 0.15).all(), "every task is learnt, not one alone"
+    assert rate > before.success.mean() + 0.4
+    assert (final["value"] / final["count"] > 0.2).all(), "every task is learnt, not one alone"
 
 
 # --------------------------------------------------------------------------------- parameters
