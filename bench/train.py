@@ -232,6 +232,7 @@ def run_loop(
 
     heartbeat(step, facts)
     store.write_probe("trace", agent.trace(measure(p.final_episodes, "final")))
+    heartbeat(step, facts)
     store.append_timing(step, clock.seconds(agent.seconds))
     envs.close()
     eval_envs.close()

@@ -188,6 +188,15 @@ def test_references_stand_beside_the_runs(finished: Path) -> None:
     assert rows["expert"]["success"] == 1.0
 
 
+def test_the_status_ends_with_the_final_success(finished: Path) -> None:
+    for run in (path.parent for path in finished.rglob("m*/*/spec.json")):
+        rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+        final = [float(r[4]) / float(r[5]) for r in rows if r[1] == "final" and r[3] == "success"]
+        status = json.loads((run / "status.json").read_text())
+        assert status["success"] == pytest.approx(sum(final) / len(final))
+        assert status["parameters"].keys() == {"actor", "critic"}
+
+
 def test_a_report_is_one_page(finished: Path, tmp_path: Path) -> None:
     done = bench("report", "--out", str(finished), "--to", str(tmp_path / "page"))
     assert done.returncode == 0, done.stderr
