@@ -104,14 +104,10 @@ def run(
 
     Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
     """
-    from bench.spec import parse_overrides, parse_seeds
+    from bench.spec import parse_seeds
     from bench.sweep import Request, names, read_grid
 
-    overrides = parse_overrides(set_ or [])
-    if steps is not None:
-        if "steps_per_task" in overrides:
-            raise UsageError("--steps and --set steps_per_task are the same; give one")
-        overrides["steps_per_task"] = steps
+    overrides = _overrides(set_, steps)
     if grid is not None:
         requests = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
         requests = [_with_overrides(request, overrides) for request in requests]
@@ -149,13 +145,13 @@ def ablate(
 
     Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
     """
-    from bench.spec import parse_overrides, parse_seeds, unknown
+    from bench.spec import parse_seeds, unknown
     from bench.sweep import Request, ablations, names
 
     shipped = ablations()
     if ablation not in (*shipped, "all"):
         raise UsageError(unknown("ablation", ablation, [*shipped, "all"]))
-    overrides = parse_overrides(set_ or []) | ({"steps_per_task": steps} if steps else {})
+    overrides = _overrides(set_, steps)
     requests = [
         Request(
             entry["algos"], names(suite, "--suite"), parse_seeds(seeds or "5"), preset, overrides
@@ -164,6 +160,18 @@ def ablate(
         if ablation in (name, "all")
     ]
     _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+
+
+def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
+    """What ``--set`` and ``--steps`` change together."""
+    from bench.spec import parse_overrides
+
+    overrides = parse_overrides(set_ or [])
+    if steps is not None:
+        if "steps_per_task" in overrides:
+            raise UsageError("--steps and --set steps_per_task are the same; give one")
+        overrides["steps_per_task"] = steps
+    return overrides
 
 
 def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
