@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
+
+from suites.base import unknown
 
 if TYPE_CHECKING:
     from algorithms.agent import Agent
@@ -36,9 +37,7 @@ def names() -> list[str]:
 def load(name: str) -> type[Agent]:
     """The class of the algorithm ``name``; raises ValueError naming the nearest match."""
     if name not in table():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown algorithm {name!r}; known: {', '.join(names())}{hint}")
+        raise ValueError(unknown("algorithm", name, names()))
     module, _, attribute = table()[name].partition(":")
     agent: type[Agent] = getattr(import_module(module), attribute)
     return agent

@@ -44,6 +44,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -193,25 +194,9 @@ class MEGAConfig(SACConfig):
 
     def genetic(self, population_size: int, precision: int) -> GeneticSettings:
         """The genetic algorithm's part of these settings."""
+        mine = {field.name: getattr(self, field.name) for field in fields(GeneticSettings)}
         return GeneticSettings(
-            population_size=population_size,
-            precision=precision,
-            max_evaluate_times=self.max_evaluate_times,
-            generation=self.generation,
-            fitness=self.fitness,
-            best_selection_prob=self.best_selection_prob,
-            optimise=self.optimise,
-            abandon_rate=self.abandon_rate,
-            parents=self.parents,
-            clones=self.clones,
-            crossover_rate=self.crossover_rate,
-            crossover_cross_threshold=self.crossover_cross_threshold,
-            align=self.align,
-            mutation_rate=self.mutation_rate,
-            mutation_cross_threshold=self.mutation_cross_threshold,
-            mutation_best_threshold=self.mutation_best_threshold,
-            growth=self.growth,
-            replace=self.replace,
+            **mine | {"population_size": population_size, "precision": precision}
         )
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:

@@ -145,8 +145,9 @@ def ablate(
 
     Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
     """
-    from bench.spec import parse_seeds, unknown
+    from bench.spec import parse_seeds
     from bench.sweep import Request, ablations, names
+    from suites.base import unknown
 
     shipped = ablations()
     if ablation not in (*shipped, "all"):
@@ -187,8 +188,8 @@ def _sweep(
     """Plan, train with progress, and end with what the runs brought."""
     from bench import machine, references, sweep
     from bench.progress import Progress
-    from bench.spec import unknown
     from bench.store import StoreError
+    from suites.base import unknown
 
     if launcher != "local":
         raise UsageError(unknown("launcher", launcher, ["local"]))
@@ -426,8 +427,8 @@ def eval_(
     """
     from bench import machine, references
     from bench.evaluate import Policy, episodes_needed, evaluate
-    from bench.spec import unknown
     from bench.store import StoreError, open_run
+    from suites.base import unknown
 
     known = ["agent", *references.POLICIES]
     if policy not in known:
@@ -489,8 +490,9 @@ def list_(
     """
     import algorithms
     import suites
-    from bench.spec import preset, preset_names, unknown
+    from bench.spec import preset, preset_names
     from bench.sweep import ablations
+    from suites.base import unknown
 
     rows: list[dict[str, Any]]
     if what == "algos":

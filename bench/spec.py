@@ -7,7 +7,6 @@ the algorithm's Config), the preset, the variant (``algorithm@variant``), the us
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import algorithms
 import suites
 from algorithms.agent import Agent, AgentConfig, Plan
-from suites.base import Suite
+from suites.base import Suite, unknown
 
 SCHEMA = 1
 """Version of the run directory's files."""
@@ -345,14 +344,6 @@ def parse_seeds(text: str) -> list[int]:
     if twice := [seed for seed, number in Counter(seeds).items() if number > 1]:
         raise SpecError(f"seeds {text!r}: {min(twice)} is named twice")
     return seeds
-
-
-def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
-    """A message that names the bad value, what is allowed and the nearest match."""
-    choices = list(allowed)
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {value!r}; known: {', '.join(choices)}{hint}"
 
 
 def _agent(name: str) -> type[Agent]:

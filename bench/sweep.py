@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.spec import RunSpec, SpecError, parse_seeds, unknown
+from bench.spec import RunSpec, SpecError, parse_seeds
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
 from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
+from suites.base import unknown
 
 POLL_SECONDS = 0.25
 
@@ -79,9 +80,16 @@ def expand(requests: Iterable[Request]) -> list[RunSpec]:
 _GRID_KEYS = ("description", "algos", "suite", "seeds", "preset", "set", "runs")
 
 
-def read_grid(path: Path, **given: Any) -> list[Request]:
+def read_grid(
+    path: Path,
+    *,
+    algos: str | None = None,
+    suite: str | None = None,
+    seeds: str | None = None,
+    preset: str | None = None,
+) -> list[Request]:
     """The requests of a TOML grid: ``algos``, ``suite``, ``seeds``, ``preset`` and a table ``set``
-    at the top, refined in each ``[[runs]]``. ``given`` (from the command line) wins over both.
+    at the top, refined in each ``[[runs]]``. What is given here wins over both.
 
     Raises SpecError with all errors of the file at once.
     """
@@ -91,6 +99,7 @@ def read_grid(path: Path, **given: Any) -> list[Request]:
         raise SpecError(f"cannot read the grid {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not TOML: {error}") from None
+    given = {"algos": algos, "suite": suite, "seeds": seeds, "preset": preset}
     problems: list[str] = []
     requests = []
     for number, entry in enumerate(data.get("runs", [{}]), start=1):
@@ -105,7 +114,7 @@ def read_grid(path: Path, **given: Any) -> list[Request]:
         ]
         merged = {"preset": "cpu"} | data | entry
         merged["set"] = _table(data.get("set", {})) | _table(entry.get("set", {}))
-        merged |= {key: value for key, value in given.items() if value is not None and value != {}}
+        merged |= {key: value for key, value in given.items() if value is not None}
         missing = [key for key in ("algos", "suite", "seeds") if not merged.get(key)]
         if missing:
             problems.append(f"{place}: {', '.join(missing)} missing")

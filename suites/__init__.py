@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from suites.base import Suite
+from suites.base import Suite, unknown
 
 GOALS = ("fresh", "benchmark50")
 REWARD_VERSIONS = ("v2", "v1")
@@ -48,9 +46,9 @@ def load(
     Raises ValueError for what is unknown, naming it, what is allowed and what comes nearest.
     """
     if goals not in GOALS:
-        raise unknown("goals", goals, GOALS)
+        raise ValueError(unknown("goals", goals, GOALS))
     if reward_version not in REWARD_VERSIONS:
-        raise unknown("reward_version", reward_version, REWARD_VERSIONS)
+        raise ValueError(unknown("reward_version", reward_version, REWARD_VERSIONS))
     if isinstance(horizon, bool) or not isinstance(horizon, int):
         raise ValueError(f"horizon {horizon!r} is not a whole number of steps")
     if not 1 <= horizon <= MAX_HORIZON:
@@ -64,15 +62,7 @@ def load(
             )
             assert isinstance(suite, Suite), f"{loaders[prefix]} returned no Suite"
             return suite
-    raise unknown("suite", name, names())
-
-
-def unknown(what: str, value: object, allowed: Iterable[str]) -> ValueError:
-    """The error for a value that is not among those allowed, with the nearest of them."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {what} {value!r}{hint} (allowed: {', '.join(allowed)})")
+    raise ValueError(unknown("suite", name, names()))
 
 
 def _third_party() -> dict[str, str]:

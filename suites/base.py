@@ -6,8 +6,10 @@ observation and ``A`` action numbers. All environments step in lockstep.
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,6 +122,14 @@ class Suite(ABC):
     @abstractmethod
     def expert(self, obs: np.ndarray) -> np.ndarray:
         """Actions (T, E, A) of the suite's scripted experts for observations (T, E, O)."""
+
+
+def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
+    """The message for a name that is not among those allowed, with the nearest of them."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {value!r}{hint} (allowed: {', '.join(allowed)})"
 
 
 def stream(seed: int, *names: str | int) -> int:

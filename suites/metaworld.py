@@ -25,8 +25,8 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.policies import ENV_POLICY_MAP
 
-from suites import names, unknown
-from suites.base import Suite, SuiteSpec, VectorEnv, stream
+from suites import names
+from suites.base import Suite, SuiteSpec, VectorEnv, stream, unknown
 from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
 
 BENCHMARK_SEED = 0
@@ -251,8 +251,8 @@ def _parse(name: str) -> tuple[str, tuple[str, ...]]:
         tasks = (match[3],) if match[1] == "mt1" else tuple(match[3].split("+"))
         for task in tasks:
             if task not in ALL_V3_ENVIRONMENTS:
-                raise unknown(f"task in suite {name!r}:", task, ALL_V3_ENVIRONMENTS)
+                raise ValueError(unknown(f"task in suite {name!r}:", task, ALL_V3_ENVIRONMENTS))
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"suite {name!r} names a task twice")
         return match[2], tasks
-    raise unknown("suite", name, names())
+    raise ValueError(unknown("suite", name, names()))

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from suites import names, unknown
-from suites.base import Suite, SuiteSpec, VectorEnv, stream
+from suites import names
+from suites.base import Suite, SuiteSpec, VectorEnv, stream, unknown
 from suites.lockstep import Arrays, LockstepEnv, Shard
 
 _SPEED = 0.1
@@ -34,7 +34,7 @@ def load(name: str, *, goals: str, reward_version: str, horizon: int) -> Toy:
     match = re.fullmatch(r"toy(\d{0,3})", name)
     tasks = int(match[1] or 3) if match else 0
     if not 1 <= tasks <= _MAX_TASKS:
-        raise unknown("suite", name, names())
+        raise ValueError(unknown("suite", name, names()))
     if goals != "fresh":
         raise ValueError(f"goals {goals!r}: the toy suite has fresh goals only")
     if reward_version != "v2":

@@ -107,7 +107,7 @@ def test_forbidden_constructs(path: Path) -> None:
                 assert not mutable, f"{where}: mutable default"
 
 
-KWARGS = {"write_status", "heartbeat", "ended", "read_grid"}
+KWARGS = {"write_status", "heartbeat", "ended"}
 """Functions whose keywords are data (of or for a file), not options passed through."""
 
 
