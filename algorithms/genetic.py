@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -46,6 +46,8 @@ Bits = NDArray[np.uint8]
 Weighting = Literal["half_softmax", "softmax"]
 Align = Literal["front", "segment"]
 Growth = Literal["random", "extend", "preserve"]
+Learnt = Callable[[int, int], Bits]
+"""Task and place in its population to bits."""
 T = TypeVar("T")
 
 
@@ -89,6 +91,18 @@ def decode(bits: ArrayLike, precision: int) -> list[NDArray[np.int64]]:
     """
     decimals, stage = _decimals(bits, precision)
     return np.split(decimals, np.cumsum(np.arange(1, stage + 1)), axis=-1)
+
+
+def encode(decimals: ArrayLike, precision: int) -> Bits:
+    """The bits (W p,) of decimals (W,), all levels in a row: the inverse of `decode`.
+
+    Raises ValueError for a decimal that the precision does not hold.
+    """
+    values = np.asarray(decimals)
+    if values.size and not 0 <= values.min() <= values.max() < 2**precision:
+        raise ValueError(f"decimals must be 0 to {2**precision - 1} at precision {precision}")
+    places = np.arange(precision - 1, -1, -1)
+    return ((values[:, None] >> places) & 1).astype(np.uint8).ravel()
 
 
 def _exp(decimals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -538,12 +552,13 @@ class Community:
         except KeyError:
             raise RuntimeError(f"no episode is under way in task {task}, env {env}") from None
 
-    def tell(self, task: int, env: int, return_: float) -> bool:
+    def tell(self, task: int, env: int, return_: float, learnt: Learnt | None = None) -> bool:
         """The episode under way there ended; True if that completed a generation and bred the next.
 
         The return goes to the very genotype that was asked for, if it still lives; an episode of
-        one that was replaced meanwhile counts for nothing. Raises RuntimeError if none is under
-        way, ValueError if the return is not finite.
+        one that was replaced meanwhile counts for nothing. ``learnt``: asked, before breeding, for
+        the bits that each of the task's genotypes has come to during the generation. Raises
+        RuntimeError if no episode is under way, ValueError if the return is not finite.
         """
         genotype = self.in_flight(task, env)
         if not math.isfinite(return_):
@@ -559,6 +574,9 @@ class Community:
         genotype.count += 1
         if not self._complete(population):
             return False
+        if learnt is not None:
+            for member, genotype in enumerate(population):
+                self._rewrite(genotype, learnt(task, member))
         self._populations[task] = self._optimised(task)
         self.generation[task] += 1
         return True
@@ -607,6 +625,10 @@ class Community:
         if self.settings.replace == "at_once":
             self._populations[task] = self._grown(task)
         return int(self.stage[task])
+
+    def _rewrite(self, genotype: Genotype, bits: Bits) -> None:
+        bits.flags.writeable = False
+        genotype.bits, genotype.id = bits, self.table.add(bits)
 
     def _new(self, bits: Bits) -> Genotype:
         bits.flags.writeable = False

@@ -35,6 +35,7 @@ The task enters the actor through its genotype alone. Critics are D2R's (`algori
  7. Only weights that are exactly zero in float32 are skipped. With rows of different genotypes in
     one task (``update_genotype=behaviour``, several environments) all of a task's rows run the
     modules of its deepest one: padding, which computes what the others weight by zero.
+ 8. ``relax`` is no part of the paper: `Relaxation` says what it does.
 """
 
 from __future__ import annotations
@@ -59,13 +60,17 @@ from algorithms.genetic import (
     Align,
     Community,
     GeneticSettings,
+    Genotype,
     Growth,
     Weighting,
+    decode,
+    encode,
     modules_used,
+    stage_of,
     weight_intervals,
     weight_matrix,
 )
-from algorithms.nn import Init, Linear, TaskLinear, draw, initialise, mlp
+from algorithms.nn import Init, LayerNorm, Linear, TaskLinear, draw, initialise, mlp
 from algorithms.routing import RoutedNetwork, route_temperature
 from algorithms.sac import SAC, Extras, Phase, SACConfig
 from suites.base import Episode, SuiteSpec, stream
@@ -154,8 +159,15 @@ class MEGAConfig(SACConfig):
     transition (stored with it), or the best (Departure 4)."""
     target_genotype: Literal["same", "best"] = "same"
     """Genotype at s': the same as at s, or the best (Departure 4)."""
-    critic: Literal["module_level", "mlp"] = "module_level"
-    """D2R's critics (Sec. 4.3), or plain ones that are told the task, as MT-SAC's."""
+    relax: bool = False
+    """Train each weight's decimal as a real number in [0, 2^p - 1] by the actor loss; it starts
+    from the genotype's bits and is rounded back to bits when its generation ends, so that children
+    inherit what was learnt. Not in the paper: an open question about it (Departure 8)."""
+    relax_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Adam learning rate of the decimals."""
+    critic: Literal["module_level", "mlp", "genotype"] = "module_level"
+    """D2R's critics (Sec. 4.3); plain ones that are told the task, as MT-SAC's; or the actor's
+    network on [s, a], wired by the genotype that the update draws for the actor."""
     critic_modules: Annotated[int, Field(ge=2)] = 16
     """Modules of a module-level critic (D2R Table 7)."""
     critic_top_k: Annotated[int, Field(ge=1)] = 2
@@ -170,8 +182,16 @@ class MEGAConfig(SACConfig):
         self.genetic(self.population_size or 3, self.precision or 2)  # raises if it is not
         if self.weights == "softmax":
             self._unused("offset", because="weights is softmax")
-        if self.critic == "mlp":
-            self._unused("critic_modules", "critic_top_k", because="the critic is an mlp")
+        if self.critic != "module_level":
+            because = f"the critic is {self.critic}"
+            self._unused("critic_modules", "critic_top_k", because=because)
+        if not self.relax:
+            self._unused("relax_lr", because="relax is false")
+        elif self.update_genotype == "behaviour":
+            raise ValueError(
+                "relax needs update_genotype population or best: a transition keeps the bits of "
+                "the genotype that acted, not its decimals"
+            )
         if not self.evolve:
             self._unused(
                 "max_stage", "window", "solved_threshold", "progress_threshold", "growth",
@@ -220,6 +240,7 @@ class MEGA(SAC):
     config: MEGAConfig
     PAPER: ClassVar[str] = "MEGA: model evolution framework with genetic algorithm, 2502.13569"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        # The paper's ablations (Sec. 5.4) and settings.
         "softmax": {"weights": "softmax"},
         "no_ga": {"optimise": "random"},
         "fixed{start_stage}": {"evolve": False},
@@ -229,13 +250,28 @@ class MEGA(SAC):
         "offset0.9": {"offset": 0.9},
         "offset0.999": {"offset": 0.999},
         "offset1": {"offset": 1.0},
+        # Where the paper is silent: the other readings.
+        "generation_all_twice": {"generation": "all_twice"},
+        "fitness_running_mean": {"fitness": "running_mean"},
+        "fitness_last": {"fitness": "last"},
+        "parents_before_drop": {"parents": "before_drop"},
+        "clones_keep": {"clones": "keep"},
+        "align_segment": {"align": "segment"},
         "growth_preserve": {"growth": "preserve"},
         "growth_extend": {"growth": "extend"},
         "replace_at_once": {"replace": "at_once"},
+        "trigger_eager": {"solved_threshold": 0.9, "progress_threshold": 0.5},
+        "trigger_patient": {"solved_threshold": 0.2, "progress_threshold": 0.0},
         "update_best": {"update_genotype": "best"},
         "update_behaviour": {"update_genotype": "behaviour"},
         "target_best": {"target_genotype": "best"},
+        "residual": {"residual": True},
+        "identity_embedding": {"task_identity": "embedding"},
+        "identity_head": {"task_identity": "head"},
         "critic_mlp": {"critic": "mlp"},
+        # The readers' open questions, and the authors' code base.
+        "critic_genotype": {"critic": "genotype"},
+        "hybrid": {"relax": True},
         "authors": {"time_limit": "terminal", "warmup_steps": 4000},
     }
 
@@ -260,6 +296,7 @@ class MEGA(SAC):
             Evolution(tasks, config.window, config.solved_threshold, config.progress_threshold)
         )  # fmt: skip
         self.decoder = Decoder(self.community, config.weights, config.offset, self.device)
+        self.relaxation = Relaxation(self.decoder, config.relax_lr) if config.relax else None
         self.steps = 0
         """Training steps of each task so far."""
         self.stage_events: list[list[int]] = []
@@ -290,6 +327,13 @@ class MEGA(SAC):
         """[s, a] -> Q, twice."""
         config, tasks = self.config, self.suite.num_tasks
         inputs = self.suite.obs_dim + self.suite.action_dim
+        if config.critic == "genotype":
+            return GenotypeNetwork(
+                inputs, 1, config.start_stage,
+                tasks=tasks, copies=2, width=config.width, module_width=config.module_width,
+                residual=config.residual, task_identity=config.task_identity,
+                layer_norm=config.critic_layer_norm,
+            )  # fmt: skip
         if config.critic == "mlp":
             return mlp(
                 inputs, [config.width] * config.depth, 1,
@@ -304,6 +348,11 @@ class MEGA(SAC):
 
     def value(self, critic: nn.Module, obs: Tensor, action: Tensor, phase: Phase) -> Tensor:
         """Q1 and Q2; module-level critics draw routes for their own loss (Departure 6)."""
+        if isinstance(critic, GenotypeNetwork):
+            wiring = self._drawn["target" if phase == "target" else "policy"]
+            wiring = wiring._replace(weights=wiring.weights.detach())
+            output: Tensor = critic(torch.cat([obs, action], -1)[None], wiring)
+            return output
         if not isinstance(critic, RoutedNetwork):
             return super().value(critic, obs, action, phase)
         route: Literal["sample", "top_k"] = "sample" if phase == "value" else "top_k"
@@ -351,32 +400,42 @@ class MEGA(SAC):
             drawn = self.decoder(batch.extras["genotype"].cpu().numpy())
         elif self.config.update_genotype == "population":
             with self._genetic():
-                ids = [[self.community.draw(task).id] for task in tasks]
-            drawn = self.decoder(np.array(ids))
+                chosen = [[self.community.draw(task)] for task in tasks]
+            drawn = self._wire(chosen)
         else:
             drawn = self._best()
         same = self.config.target_genotype == "same"
         self._drawn = {"policy": drawn, "target": drawn if same else self._best()}
         return super().update(batch)
 
+    def step(self, loss: Tensor) -> None:
+        """As SAC; relaxed decimals learn from the same backward pass."""
+        super().step(loss)
+        if self.relaxation is not None:
+            self.relaxation.step()
+            self._forget()
+
+    def _wire(self, genotypes: list[list[Genotype]]) -> Wiring:
+        """The wiring of genotypes [T][G]."""
+        wiring = self.decoder(np.array([[g.id for g in row] for row in genotypes]))
+        return wiring if self.relaxation is None else self.relaxation(genotypes, wiring)
+
     def _flying(self, envs: int) -> Wiring:
         """The genotypes under way in each task's environments."""
         if self._flying_wiring is None:
-            self._flying_ids = np.array(
-                [
-                    [self.community.in_flight(task, env).id for env in range(envs)]
-                    for task in range(self.suite.num_tasks)
-                ],
-                dtype=np.int32,
-            )
-            self._flying_wiring = self.decoder(self._flying_ids)
+            flying = [
+                [self.community.in_flight(task, env) for env in range(envs)]
+                for task in range(self.suite.num_tasks)
+            ]
+            self._flying_ids = np.array([[g.id for g in row] for row in flying], dtype=np.int32)
+            self._flying_wiring = self._wire(flying)
         return self._flying_wiring
 
     def _best(self) -> Wiring:
         """Each task's best genotype."""
         if self._best_wiring is None:
-            ids = [[self.community.best(task).id] for task in range(self.suite.num_tasks)]
-            self._best_wiring = self.decoder(np.array(ids))
+            best = [[self.community.best(task)] for task in range(self.suite.num_tasks)]
+            self._best_wiring = self._wire(best)
         return self._best_wiring
 
     def _forget(self) -> None:
@@ -410,21 +469,40 @@ class MEGA(SAC):
                 cause = self.evolution.record(task, episode.return_, episode.success)
                 if cause is not None and self.community.stage[task] < self.config.max_stage:
                     self._lengthen(task, cause)
-            self.community.tell(task, env, episode.return_)
+            learnt = None if self.relaxation is None else self.relaxation.rounded
+            if self.community.tell(task, env, episode.return_, learnt):
+                self._renew(task)
         self._forget()
+
+    def _renew(self, task: int) -> None:
+        """A task's genotypes are new: their decimals start from their bits."""
+        if self.relaxation is not None:
+            self.relaxation.renew(task)
 
     def _lengthen(self, task: int, cause: int) -> None:
         stage = self.community.lengthen(task)
         self.stage_events.append([self.steps, task, stage - 1, stage, cause])
         self._append_modules(stage)
+        if self.config.replace == "at_once":
+            self._renew(task)
 
     def _append_modules(self, stage: int) -> None:
-        """Give the actor fresh modules up to M_stage (Departure 3); others keep Adam's state."""
+        """Append fresh modules up to M_stage (Departure 3); others keep Adam's state."""
         while len(self.actor.stack) < stage:
-            module = self.actor.append()
-            initialise(module, self.config.init, self.init_generator)
-            module.to(self.device)
-            self.actor_optimizer.param_groups[0]["params"].extend(module.parameters())
+            self._append_module(self.actor, self.actor_optimizer)
+            if isinstance(self.critic, GenotypeNetwork):
+                module = self._append_module(self.critic, self.critic_optimizer)
+                assert isinstance(self.target_critic, GenotypeNetwork)
+                slow = self.target_critic.append()
+                slow.load_state_dict(module.state_dict())
+                slow.to(self.device).requires_grad_(False)
+
+    def _append_module(self, network: GenotypeNetwork, optimizer: torch.optim.Adam) -> nn.Module:
+        module = network.append()
+        initialise(module, self.config.init, self.init_generator)
+        module.to(self.device)
+        optimizer.param_groups[0]["params"].extend(module.parameters())
+        return module
 
     # ------------------------------------------------------------------------------------ records
 
@@ -450,6 +528,7 @@ class MEGA(SAC):
     def state_dict(self) -> dict[str, Any]:
         """SAC's state, the populations and the windows of growth."""
         evolution = None if self.evolution is None else self.evolution.state_dict()
+        relaxed = None if self.relaxation is None else self.relaxation.state_dict()
         genetic = {
             "community": self.community.state_dict(),
             "evolution": evolution,
@@ -458,7 +537,7 @@ class MEGA(SAC):
             "steps": self.steps,
             "modules": len(self.actor.stack),
         }
-        return super().state_dict() | {"genetic": json.dumps(genetic)}
+        return super().state_dict() | {"genetic": json.dumps(genetic), "relaxed": relaxed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; raises ValueError if this actor has grown beyond it."""
@@ -477,6 +556,8 @@ class MEGA(SAC):
         self.warming = {(task, env) for task, env in genetic["warming"]}
         self.steps = genetic["steps"]
         self.decoder.clear()
+        if self.relaxation is not None:
+            self.relaxation.load_state_dict(state["relaxed"])
         self._forget()
 
 
@@ -641,13 +722,129 @@ class Decoder:
             self._known = np.pad(self._known, (0, more))
 
 
+class Relaxation:
+    """Real decimals of all living genotypes, trained beside the networks (Departure 8).
+
+    A genotype's decimals d in [0, 2^p - 1] start from its bits; the actor's loss moves them through
+    the weights of Eq. 7-9 whenever an update draws the genotype. Acting, evaluation and targets use
+    them as they are. When a generation ends they are rounded to bits, on which the genetic
+    algorithm goes on, and all start anew. A connection whose weight is exactly 0 is not there
+    (Departure 7) and gets no gradient. An episode under way whose genotype was replaced ends with
+    that genotype's bits.
+    """
+
+    def __init__(self, decoder: Decoder, lr: float) -> None:
+        self.decoder, self.community = decoder, decoder.community
+        self.precision = self.community.settings.precision
+        self._optimizer = torch.optim.Adam([torch.zeros(0)], lr=lr)
+        self._decimals: list[list[Tensor]] = [[] for _ in self.community.stage]
+        for task in range(len(self._decimals)):
+            self.renew(task)
+
+    def renew(self, task: int) -> None:
+        """Start a task's decimals from the bits of its genotypes."""
+        for tensor in self._decimals[task]:
+            self._optimizer.state.pop(tensor, None)
+        self._decimals[task] = [
+            torch.tensor(
+                np.concatenate(decode(genotype.bits, self.precision)).astype(np.float32),
+                device=self.decoder.device, requires_grad=True,
+            )
+            for genotype in self.community.population(task)
+        ]  # fmt: skip
+        self._optimizer.param_groups[0]["params"] = [t for ts in self._decimals for t in ts]
+
+    @torch.enable_grad()
+    def __call__(self, genotypes: list[list[Genotype]], wiring: Wiring) -> Wiring:
+        """The wiring of genotypes [T][G], given that of their bits, with the decimals' weights."""
+        weights = wiring.weights
+        order = range(len(genotypes)) if wiring.order is None else wiring.order.tolist()
+        values, places = [], []
+        relaxed = torch.zeros(weights.shape[:2], dtype=torch.bool)
+        for place, task in enumerate(order):
+            for group, genotype in enumerate(genotypes[task]):
+                decimals = self._of(task, genotype)
+                stage = stage_of(len(genotype.bits), self.precision)
+                if decimals is None or stage > wiring.depth[place]:  # its end is read by nothing
+                    continue
+                rows, columns = np.tril_indices(stage + 1)
+                rows[rows == stage] = wiring.depth[place]  # the head's, as in `Wiring`
+                relaxed[place, group] = True
+                values.append(decimals)
+                places.append(
+                    np.ravel_multi_index((np.int64(place), np.int64(group), rows, columns),
+                                         weights.shape)
+                )  # fmt: skip
+        if not values:
+            return wiring
+        table = torch.zeros(weights.numel(), dtype=torch.float64, device=weights.device)
+        index = torch.from_numpy(np.concatenate(places)).to(weights.device)
+        table = table.index_copy(0, index, torch.cat(values).double()).view_as(weights)
+        new = self._normalised(table, weights > 0).to(weights.dtype)
+        mask = relaxed[..., None, None].to(weights.device)
+        return wiring._replace(weights=torch.where(mask, new, weights))
+
+    def _of(self, task: int, genotype: Genotype) -> Tensor | None:
+        for member, living in enumerate(self.community.population(task)):
+            if living is genotype:
+                return self._decimals[task][member]
+        return None
+
+    def _normalised(self, decimals: Tensor, present: Tensor) -> Tensor:
+        """HalfSoftmax (Eq. 7-9) or Softmax along the last axis, over what is present; else zero."""
+        largest = decimals.detach().amax(-1, keepdim=True)
+        if self.decoder.function == "softmax":
+            scaled = (decimals - largest).exp()
+        else:
+            # e^d - offset as (e^d - 1) + (1 - offset), divided by e^max: see `algorithms.genetic`.
+            offset = self.decoder.offset
+            scaled = -(decimals - largest).exp() * torch.expm1(-decimals)
+            scaled = scaled + (1 - offset) * torch.exp(-largest)
+            if offset == 1:
+                scaled = torch.where(largest == 0, 1.0, scaled)
+        scaled = scaled * present
+        total = scaled.sum(-1, keepdim=True)
+        return scaled / torch.where(total == 0, 1.0, total)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Learn from the gradients of the last backward pass."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for tensor in self._optimizer.param_groups[0]["params"]:
+            tensor.clamp_(0, 2**self.precision - 1)
+
+    def rounded(self, task: int, member: int) -> NDArray[np.uint8]:
+        """The bits (L,) nearest to a living genotype's decimals."""
+        decimals = self._decimals[task][member].detach().cpu().numpy()
+        return encode(np.rint(decimals).astype(np.int64), self.precision)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Decimals and their optimiser's state."""
+        return {
+            "decimals": [[t.detach() for t in task] for task in self._decimals],
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, after the community's."""
+        with torch.no_grad():
+            for task, saved in enumerate(state["decimals"]):
+                self.renew(task)
+                for tensor, values in zip(self._decimals[task], saved, strict=True):
+                    tensor.copy_(values)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
 class GenotypeModule(nn.Module):
     """M_i: W -> module width -> W, ReLU after both (Sec. 4.1, Table 2)."""
 
-    def __init__(self, width: int, module_width: int, *, copies: int) -> None:
+    def __init__(self, width: int, module_width: int, *, copies: int, layer_norm: bool) -> None:
         super().__init__()
         self.inner = Linear(width, module_width, copies=copies)
         self.outer = Linear(module_width, width, copies=copies)
+        self.inner_norm = LayerNorm(module_width, copies=copies) if layer_norm else None
+        self.outer_norm = LayerNorm(width, copies=copies) if layer_norm else None
 
 
 class TaskEmbedding(nn.Module):
@@ -682,14 +879,13 @@ class GenotypeNetwork(nn.Module):
         module_width: int = 128,
         residual: bool = False,
         task_identity: Literal["genotype", "embedding", "head"] = "genotype",
+        layer_norm: bool = False,
     ) -> None:
+        """Sizes as in MEGA Table 2. ``layer_norm``: a LayerNorm before every ReLU."""
         super().__init__()
         self.width, self.module_width, self.residual = width, module_width, residual
-        self.copies = copies
-        self.embedding = nn.Sequential(
-            Linear(inputs, width, copies=copies), nn.ReLU(),
-            Linear(width, width, copies=copies), nn.ReLU(),
-        )  # fmt: skip
+        self.copies, self.layer_norm = copies, layer_norm
+        self.embedding = mlp(inputs, [width, width], None, copies=copies, layer_norm=layer_norm)
         self.task_embedding = (
             TaskEmbedding(tasks, width, copies=copies) if task_identity == "embedding" else None
         )
@@ -705,7 +901,9 @@ class GenotypeNetwork(nn.Module):
 
     def append(self) -> nn.Module:
         """Add the next module, its parameters not yet drawn, and return it."""
-        module = GenotypeModule(self.width, self.module_width, copies=self.copies)
+        module = GenotypeModule(
+            self.width, self.module_width, copies=self.copies, layer_norm=self.layer_norm
+        )
         self.stack.append(module)
         self._scratch = _Scratch()  # buffers of the old size will not be asked for again
         return module
@@ -721,7 +919,7 @@ class GenotypeNetwork(nn.Module):
                 vectors if wiring.order is None else vectors.index_select(1, wiring.order)
             )
         mixed: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
-            first, wiring, self._scratch, self.residual, torch.is_grad_enabled(),
+            first, wiring.weights, wiring, self._scratch, self.residual, torch.is_grad_enabled(),
             *(p for module in self.stack[: wiring.depth[0]] for p in module.parameters()),
         )  # fmt: skip
         output: Tensor = self.head(mixed)  # ... to here
@@ -762,13 +960,15 @@ class _Stack(torch.autograd.Function):
     of weights (1 x i) and outputs (i x B W) for each task. Inputs of M_1 .. M_N lie in ``x``; once
     the gradients of M_i are taken, its input gives way to the gradient at that input. The head's is
     the last level: of tasks of depth D, the gradient at their head's input stands in x[D]. So the
-    gradient at m_j is again one product, with the levels after j.
+    gradient at m_j is again one product, with the levels after j; and that at the weight with which
+    M_i reads m_j is the inner product of the gradient at M_i's input and m_j.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         first: Tensor,
+        weights: Tensor,
         wiring: Wiring,
         scratch: _Scratch,
         residual: bool,
@@ -780,33 +980,31 @@ class _Stack(torch.autograd.Function):
         buffers = scratch.take(first, shape), scratch.take(first, shape)
         m, x = (b[: math.prod(shape)].view(shape) for b in buffers)
         m[0] = first
-        hidden: list[Tensor | None] = []
-        active: list[Tensor | None] = []
-        for i in range(1, levels):
+        modules = _modules(parameters, levels - 1)
+        run: list[_Run | None] = []
+        for i, (inner, outer) in enumerate(modules, start=1):
             n = wiring.reach(i)
             if i in wiring.idle:
                 m[i, :, :n] = 0
-                hidden.append(None)
-                active.append(None)
+                run.append(None)
                 continue
-            weight_in, bias_in, weight_out, bias_out = parameters[4 * i - 4 : 4 * i]
-            _mix(wiring.weights[:n, :, i - 1, :i], m[:i, :, :n], x[i - 1, :, :n])
+            _mix(weights[:n, :, i - 1, :i], m[:i, :, :n], x[i - 1, :, :n])
             inputs, outputs = _rows(x[i - 1], n), _rows(m[i], n)
-            h = torch.baddbmm(bias_in, inputs, weight_in).relu_()
-            torch.baddbmm(bias_out, h, weight_out, out=outputs).relu_()
-            hidden.append(h)
-            active.append(outputs > 0 if residual and learning else None)
+            h, normed_in = _dense(inputs, inner)
+            _, normed_out = _dense(h, outer, out=outputs)
+            active = outputs > 0 if residual and learning else None
+            run.append(_Run(h, active, normed_in, normed_out))
             if residual:
                 outputs += inputs
         mixed = torch.empty_like(first)
         for a, b, d in wiring.blocks():
-            _mix(wiring.weights[a:b, :, d, : d + 1], m[: d + 1, :, a:b], mixed[:, a:b])
+            _mix(weights[a:b, :, d, : d + 1], m[: d + 1, :, a:b], mixed[:, a:b])
         if wiring.place is not None:
             mixed = mixed.index_select(1, wiring.place)
         if learning:
-            ctx.save_for_backward(*parameters)
+            ctx.save_for_backward(weights, *parameters)
             ctx.wiring, ctx.scratch, ctx.residual = wiring, scratch, residual
-            ctx.buffers, ctx.m, ctx.x, ctx.hidden, ctx.active = buffers, m, x, hidden, active
+            ctx.buffers, ctx.m, ctx.x, ctx.run = buffers, m, x, run
         else:
             scratch.give(*buffers)
         return mixed
@@ -816,51 +1014,137 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.buffers is None:
             raise RuntimeError("the modules' backward pass can run once only")
-        parameters = ctx.saved_tensors
+        weights, *parameters = ctx.saved_tensors
         wiring: Wiring = ctx.wiring
         m, x = ctx.m, ctx.x
+        modules = _modules(parameters, len(m) - 1)
+        g_weights = torch.zeros_like(weights) if ctx.needs_input_grad[1] else None
         if wiring.order is not None:
             gradient = gradient.index_select(1, wiring.order)
         for a, b, d in wiring.blocks():
             x[d, :, a:b] = gradient[:, a:b]
+            if g_weights is not None:
+                _credit(g_weights[a:b, :, d, : d + 1], m[: d + 1, :, a:b], x[d, :, a:b])
 
         def pull(source: int) -> Tensor:
             """The gradient at m_source, (C, n, B, W), from all levels after it."""
             pulled: Tensor = m.new_empty(m.shape[1], wiring.reach(source), *m.shape[3:])
             for a, b, d in wiring.blocks():
                 if d >= source:
-                    weights = wiring.weights[a:b, :, source : d + 1, source]
-                    _mix(weights, x[source : d + 1, :, a:b], pulled[:, a:b])
+                    readers = weights[a:b, :, source : d + 1, source]
+                    _mix(readers, x[source : d + 1, :, a:b], pulled[:, a:b])
             return pulled
 
+        each = len(parameters) // max(len(modules), 1)
         learned: list[Tensor | None] = [None] * len(parameters)
-        learning = any(ctx.needs_input_grad[5:])
-        for i in range(m.shape[0] - 1, 0, -1):
-            n, h = wiring.reach(i), ctx.hidden[i - 1]
-            if h is None:
+        learning = any(ctx.needs_input_grad[6:])
+        for i in range(len(modules), 0, -1):
+            n, run = wiring.reach(i), ctx.run[i - 1]
+            if run is None:
                 x[i - 1, :, :n] = 0
                 continue
-            weight_in, _, weight_out, _ = parameters[4 * i - 4 : 4 * i]
+            inner, outer = modules[i - 1]
             inputs, outputs = _rows(x[i - 1], n), _rows(m[i], n)
             arriving = pull(i).flatten(1, 2)  # (C, n B, W)
-            if ctx.active[i - 1] is None:
+            if run.active is None:
                 g_out = torch.ops.aten.threshold_backward(arriving, outputs, 0)
             else:
-                g_out = arriving * ctx.active[i - 1]
-            g_h = torch.bmm(g_out, weight_out.transpose(1, 2))
-            g_h = torch.ops.aten.threshold_backward(g_h, h, 0)
-            if learning:
-                learned[4 * i - 4 : 4 * i] = [
-                    torch.bmm(inputs.transpose(1, 2), g_h), g_h.sum(1, keepdim=True),
-                    torch.bmm(h.transpose(1, 2), g_out), g_out.sum(1, keepdim=True),
-                ]  # fmt: skip
-            torch.bmm(g_h, weight_in.transpose(1, 2), out=inputs)
+                g_out = arriving * run.active
+            g_h, of_outer = _dense_backward(g_out, run.hidden, outer, run.normed_out, learning)
+            g_h = torch.ops.aten.threshold_backward(g_h, run.hidden, 0)
+            _, of_inner = _dense_backward(g_h, inputs, inner, run.normed_in, learning, out=inputs)
+            # In the order in which a module lists its parameters: `_modules`.
+            learned[each * (i - 1) : each * i] = [
+                *of_inner[:2], *of_outer[:2], *of_inner[2:], *of_outer[2:]
+            ]  # fmt: skip
             if ctx.residual:
                 inputs += arriving
+            if g_weights is not None:
+                _credit(g_weights[:n, :, i - 1, :i], m[:i, :, :n], x[i - 1, :, :n])
         g_first = pull(0) if ctx.needs_input_grad[0] else None
         ctx.scratch.give(*ctx.buffers)
         ctx.buffers = ctx.m = ctx.x = None
-        return g_first, None, None, None, None, *learned
+        return g_first, g_weights, None, None, None, None, *learned
+
+
+class _Layer(NamedTuple):
+    """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+_Normed = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What LayerNorm's backward pass needs: its input, the normalised input, mean and 1 / deviation."""
+
+
+class _Run(NamedTuple):
+    """What a module that ran leaves for its backward pass."""
+
+    hidden: Tensor
+    active: Tensor | None
+    """Where its last ReLU let through; None: where its output is positive."""
+    normed_in: _Normed | None
+    normed_out: _Normed | None
+
+
+def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[_Layer, _Layer]]:
+    """The inner and the outer layer of each `GenotypeModule`, from their parameters in a row."""
+    each = len(parameters) // max(count, 1)
+    layers = []
+    for start in range(0, len(parameters), each):
+        w_in, b_in, w_out, b_out, *norms = parameters[start : start + each]
+        inner, outer = (norms[:2], norms[2:]) if norms else ((None, None), (None, None))
+        layers.append((_Layer(w_in, b_in, *inner), _Layer(w_out, b_out, *outer)))
+    return layers
+
+
+def _dense(
+    inputs: Tensor, layer: _Layer, out: Tensor | None = None
+) -> tuple[Tensor, _Normed | None]:
+    """ReLU(LayerNorm(inputs W + b)) on rows (C, R, W)."""
+    if layer.scale is None or layer.shift is None:
+        pre = torch.baddbmm(layer.bias, inputs, layer.weight, out=out)
+        return pre.relu_(), None
+    pre = torch.baddbmm(layer.bias, inputs, layer.weight)
+    hat, mean, deviation = torch.native_layer_norm(pre, [pre.shape[-1]], None, None, 1e-5)
+    normed = torch.addcmul(layer.shift[:, 0], hat, layer.scale[:, 0], out=out)
+    return normed.relu_(), (pre, hat, mean, deviation)
+
+
+def _dense_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    layer: _Layer,
+    normed: _Normed | None,
+    learning: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """From the gradient before the ReLU: that at the inputs, and those of the layer's parameters.
+
+    ``out`` may be the inputs themselves.
+    """
+    of_norm: list[Tensor | None] = []
+    if normed is not None and layer.scale is not None:
+        pre, hat, mean, deviation = normed
+        of_norm = [None, None]
+        if learning:
+            of_norm = [
+                (gradient * hat).sum(1, keepdim=True)[:, None],
+                gradient.sum(1, keepdim=True)[:, None],
+            ]
+        gradient = torch.ops.aten.native_layer_norm_backward(
+            gradient * layer.scale[:, 0], pre, [pre.shape[-1]], mean, deviation,
+            None, None, [True, False, False],
+        )[0]  # fmt: skip
+    of_linear: list[Tensor | None] = [None, None]
+    if learning:
+        of_linear = [
+            torch.bmm(inputs.transpose(1, 2), gradient), gradient.sum(1, keepdim=True)
+        ]  # fmt: skip
+    return torch.bmm(gradient, layer.weight.transpose(1, 2), out=out), of_linear + of_norm
 
 
 def _rows(level: Tensor, tasks: int) -> Tensor:
@@ -876,3 +1160,13 @@ def _mix(weights: Tensor, sources: Tensor, out: Tensor) -> None:
     for c in range(out.shape[0]):
         stacked = sources[:, c].reshape(k, n * groups, -1).transpose(0, 1)
         torch.bmm(weights, stacked, out=out[c].view(n * groups, 1, -1))
+
+
+def _credit(g_weights: Tensor, sources: Tensor, gradient: Tensor) -> None:
+    """Write what `_mix`'s weights (n, G, K) are owed for a gradient at its output (C, n, B, W)."""
+    n, groups, k = g_weights.shape
+    owed = gradient.new_zeros(n * groups, 1, k)
+    for c in range(gradient.shape[0]):
+        stacked = sources[:, c].reshape(k, n * groups, -1).permute(1, 2, 0)
+        owed.baddbmm_(gradient[c].reshape(n * groups, 1, -1), stacked)
+    g_weights.copy_(owed.view(n, groups, k))

@@ -20,6 +20,7 @@ from algorithms.genetic import (
     crossover,
     crossover_parents,
     decode,
+    encode,
     fit,
     grow,
     half_softmax,
@@ -60,6 +61,17 @@ def split(bits: np.ndarray, precision: int) -> list[np.ndarray]:
 
 
 # Genotypes and weights
+
+
+@few
+@given(STAGES, PRECISIONS, SEEDS)
+def test_encode_is_the_inverse_of_decode(stage: int, precision: int, seed: int) -> None:
+    bits = random_bits(stage, precision, np.random.default_rng(seed))
+    decimals = np.concatenate(decode(bits, precision))
+    np.testing.assert_array_equal(encode(decimals, precision), bits)
+    for wrong in (-1, 2**precision):
+        with pytest.raises(ValueError, match="decimals must be 0 to"):
+            encode([wrong], precision)
 
 
 def test_worked_example_of_figure_11() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from algorithms.agent import Batch, Plan
 from algorithms.genetic import Community, GeneticSettings, decode, length, stage_of
 from algorithms.mega import CAUSES, MEGA, Decoder, Evolution, GenotypeNetwork, MEGAConfig
-from algorithms.nn import initialise
+from algorithms.nn import LayerNorm, Linear, initialise
 from suites.base import Episode, SuiteSpec
 
 MLP: dict[str, Any] = {"width": 16, "module_width": 8, "critic": "mlp", "depth": 2}
@@ -82,14 +82,23 @@ def naive(
     def affine(layer: nn.Module, value: Tensor, c: int) -> Tensor:
         return value @ layer.weight[c] + layer.bias[c, 0]
 
+    def dense(layer: nn.Module, norm: nn.Module | None, value: Tensor, c: int) -> Tensor:
+        y = affine(layer, value, c)
+        if norm is not None:
+            y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
+            y = y * norm.scale[c, 0, 0] + norm.shift[c, 0, 0]
+        return y.relu()
+
+    linears = [layer for layer in network.embedding if isinstance(layer, Linear)]
+    norms = [layer for layer in network.embedding if isinstance(layer, LayerNorm)] or [None, None]
+
     outputs = []
     for c in range(copies):
         for t in range(tasks):
             for b in range(rows):
                 genotype = bits[t][b if len(bits[t]) > 1 else 0]
                 s = x[c if x.shape[0] > 1 else 0, t, b]
-                m = [affine(network.embedding[2], affine(network.embedding[0], s, c).relu(), c)]
-                m[0] = m[0].relu()
+                m = [dense(linears[1], norms[1], dense(linears[0], norms[0], s, c), c)]
                 if network.task_embedding is not None:
                     m[0] = m[0] + network.task_embedding.weight[c, t, 0]
                 levels = decode(genotype, precision)
@@ -100,7 +109,8 @@ def naive(
                     if i == len(levels):
                         break
                     module = network.stack[i - 1]
-                    y = affine(module.outer, affine(module.inner, read, c).relu(), c).relu()
+                    h = dense(module.inner, module.inner_norm, read, c)
+                    y = dense(module.outer, module.outer_norm, h, c)
                     m.append(y + read if network.residual else y)
                 if isinstance(network.head.weight, Tensor) and network.head.weight.dim() == 4:
                     out = read @ network.head.weight[c, t] + network.head.bias[c, t, 0]
@@ -115,22 +125,29 @@ def community(tasks: int, precision: int = 2) -> Community:
 
 
 @pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("identity", ["genotype", "embedding", "head"])
 @pytest.mark.parametrize(
     ("copies", "per_row", "precision", "offset"),
     [(1, False, 2, 0.99), (1, True, 2, 0.99), (2, False, 3, 1.0), (2, True, 2, 1.0)],
 )
 def test_network_is_eq_3_and_4(
-    residual: bool, identity: Any, copies: int, per_row: bool, precision: int, offset: float
-) -> None:
+    residual: bool, layer_norm: bool, identity: Any, copies: int, per_row: bool, precision: int,
+    offset: float,
+) -> None:  # fmt: skip
     rng = np.random.default_rng(copies + 2 * per_row)
     stages, rows = [2, 5, 1, 5, 3], 3
     network = GenotypeNetwork(
         6, 4, 6, tasks=len(stages), copies=copies, width=5, module_width=4, residual=residual,
-        task_identity=identity,
+        task_identity=identity, layer_norm=layer_norm,
     )  # fmt: skip
     initialise(network, "torch", torch.Generator().manual_seed(1))
     network.double()
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, LayerNorm):  # not the identity that it starts as
+                layer.scale.uniform_(0.5, 1.5)
+                layer.shift.uniform_(-0.5, 0.5)
     members = community(len(stages), precision)
     bits = [
         [random_bits(rng.integers(1, s + 1) if k else s, precision, rng)
@@ -161,6 +178,36 @@ def test_network_is_eq_3_and_4(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(network(x, wiring), actual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_reach_the_weights(rows: int, residual: bool) -> None:
+    """What `relax` learns from, against finite differences: one genotype per task, or per row."""
+    rng = np.random.default_rng(rows)
+    network = GenotypeNetwork(6, 4, 4, tasks=3, copies=2, width=5, module_width=4,
+                              residual=residual)  # fmt: skip
+    initialise(network, "torch", torch.Generator().manual_seed(1))
+    network.double()
+    members = community(3)
+    numbers = np.array(
+        [[members.table.add(random_bits(s, 2, rng)) for _ in range(rows)] for s in (2, 4, 1)]
+    )
+    wiring = Decoder(members, "half_softmax", 0.99, torch.device("cpu"))(numbers)
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
+    weights = wiring.weights.double().requires_grad_(True)
+    pull = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def output(w: Tensor) -> Tensor:
+        return (network(x, wiring._replace(weights=w)) * pull).sum()
+
+    (found,) = torch.autograd.grad(output(weights), weights)
+    with torch.no_grad():
+        for place in (weights > 0).nonzero().tolist():
+            step = torch.zeros_like(weights)
+            step[tuple(place)] = 1e-6
+            slope = (output(weights + step) - output(weights - step)) / 2e-6
+            torch.testing.assert_close(found[tuple(place)], slope, rtol=1e-5, atol=1e-7)
 
 
 def test_parameter_counts_are_the_published_sizes() -> None:
@@ -255,12 +302,21 @@ def test_growth_appends_and_disturbs_nothing() -> None:
 
 
 @pytest.mark.parametrize("replace", ["at_once", "at_optimise"])
-@pytest.mark.parametrize("update_genotype", ["population", "behaviour"])
-def test_continues_exactly_across_growth(replace: Any, update_genotype: Any) -> None:
-    settings = {"replace": replace, "update_genotype": update_genotype, "window": 4}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"critic": "module_level", "critic_modules": 3, "router_width": 8},
+        {"update_genotype": "behaviour"},
+        {"critic": "genotype", "critic_layer_norm": True},
+        {"relax": True, "relax_lr": 0.1, "max_evaluate_times": 1},
+        {"relax": True, "relax_lr": 0.1, "critic": "genotype", "weights": "softmax"},
+    ],
+)
+def test_continues_exactly_across_growth(replace: Any, settings: dict[str, Any]) -> None:
+    settings = {"replace": replace, "window": 6} | settings
 
     def new() -> MEGA:
-        return make(critic="module_level", critic_modules=3, router_width=8, **settings)
+        return make(**settings)
 
     def life(agent: MEGA, seed: int) -> None:
         """An episode of each task: one grows, one succeeds, one improves."""
@@ -302,10 +358,96 @@ def test_continues_exactly_across_growth(replace: Any, update_genotype: Any) -> 
             strict=True,
         ):
             assert all(torch.equal(a[k], b[k]) for k in a)
+        if agent.relaxation is not None:
+            a, b = agent.state_dict()["relaxed"], other.state_dict()["relaxed"]
+            assert str(a) == str(b)
         for name in ("noise", "init_generator"):
             assert torch.equal(agent.state_dict()[name], other.state_dict()[name])
     with pytest.raises(ValueError, match="new agent"):
         agent.load_state_dict(new().state_dict())
+
+
+def test_a_genotype_critic_grows_with_the_actor() -> None:
+    agent = make(critic="genotype", critic_layer_norm=True, replace="at_once", window=6)
+    agent.update(batch(agent))
+    stall(agent, 1)
+    for network in (agent.critic, agent.target_critic):
+        assert isinstance(network, GenotypeNetwork)
+        assert len(network.stack) == 4
+    fast, slow = agent.critic.stack[3], agent.target_critic.stack[3]
+    for p, q in zip(fast.parameters(), slow.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad
+        assert not q.requires_grad
+    old = [p.clone() for p in fast.parameters()]
+    for seed in range(4):
+        agent.update(batch(agent, seed=seed))
+    # A ReLU that never opened may leave a row of a fresh module as it was, not a whole tensor.
+    assert all((p != q).any() for p, q in zip(fast.parameters(), old, strict=True))
+
+
+def relaxed(agent: MEGA, task: int) -> list[np.ndarray]:
+    assert agent.relaxation is not None
+    return [d.detach().numpy().copy() for d in agent.relaxation._decimals[task]]
+
+
+def test_relaxed_decimals_start_at_the_bits_and_learn() -> None:
+    """Untrained they are the genotype's network; the drawn genotypes' alone move, in [0, 3]."""
+    agent, plain = make(relax=True, relax_lr=0.05), make()
+    obs = observations(3, 4)
+    np.testing.assert_allclose(greedy(agent, obs), greedy(plain, obs), rtol=0, atol=1e-6)
+
+    before = [relaxed(agent, task) for task in range(3)]
+    agent.update(batch(agent))
+    moved = [
+        [bool((a != b).any()) for a, b in zip(relaxed(agent, t), before[t], strict=True)]
+        for t in range(3)
+    ]
+    assert [sum(each) for each in moved] == [1, 1, 1]
+    for seed in range(60):
+        agent.update(batch(agent, seed=seed))
+    values = np.concatenate([d for task in range(3) for d in relaxed(agent, task)])
+    assert values.min() == 0.0
+    assert values.max() == 3.0
+    assert (values % 1 > 0).any()
+    assert np.abs(greedy(agent, obs) - greedy(plain, obs)).max() > 0
+
+
+def test_children_inherit_what_was_rounded() -> None:
+    agent = make(relax=True, relax_lr=0.3, max_evaluate_times=1, clones="keep", evolve=False)
+    community = agent.community
+    for seed in range(20):
+        agent.update(batch(agent, seed=seed))
+    learnt = [np.rint(d).astype(int) for d in relaxed(agent, 0)]
+    other = [g.bits.copy() for g in community.population(1)]
+    for return_ in (1.0, 5.0, 2.0):
+        end_episode(agent, 0, return_)
+    assert community.generation.tolist() == [1, 0, 0]
+    best = np.concatenate(decode(community.population(0)[0].bits, 2))
+    np.testing.assert_array_equal(best, learnt[1])  # the elite, of return 5
+    for genotype, decimals in zip(community.population(0), relaxed(agent, 0), strict=True):
+        np.testing.assert_array_equal(np.concatenate(decode(genotype.bits, 2)), decimals)
+    for genotype, bits in zip(community.population(1), other, strict=True):
+        np.testing.assert_array_equal(genotype.bits, bits)  # its generation goes on
+
+
+def test_relaxed_weights_with_several_environments_and_stages() -> None:
+    """Genotypes of two lengths under way in one task: each with its own decimals and head."""
+    agent = make(2, relax=True, relax_lr=0.2, start_stage=2, window=6)
+    for task in range(2):
+        agent.on_episode_start(task, 1)
+    for seed in range(10):
+        agent.update(batch(agent, seed=seed))
+    stall(agent, 0)  # env 0 goes on to genotypes of stage 3, env 1 still holds one of stage 2
+    held = [[agent.community.in_flight(t, e) for e in range(2)] for t in range(2)]
+    assert {len(g.bits) for g in held[0]} == {12, 20}
+    obs = torch.from_numpy(observations(2, 2))
+    with torch.no_grad():
+        both, _ = agent.policy(obs, "explore", {})
+        for env in range(2):
+            alone = agent._wire([[held[task][env]] for task in range(2)])
+            expected = agent.actor(obs[None, :, env : env + 1], alone)[0]
+            torch.testing.assert_close(both[:, env : env + 1], expected)
 
 
 def test_growth_preserve_keeps_the_policy() -> None:
@@ -555,6 +697,9 @@ def test_configuration_is_decided_by_suite_and_length() -> None:
         {"critic": "mlp", "critic_modules": 8},
         {"optimise": "random", "parents": "before_drop"},
         {"mutation_best_threshold": 0.99},
+        {"critic": "genotype", "critic_top_k": 3},
+        {"relax_lr": 0.1},
+        {"relax": True, "update_genotype": "behaviour"},
         {"unknown": 1},
     ],
 )
