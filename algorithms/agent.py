@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -63,6 +63,32 @@ class Action(NamedTuple):
     extras: dict[str, np.ndarray]
 
 
+class History(NamedTuple):
+    """What a run recorded, for `Agent.health`: S log points of training, T tasks."""
+
+    tasks: tuple[str, ...]
+    config: AgentConfig
+    plan: Plan
+    probes: list[tuple[int, dict[str, np.ndarray]]]
+    """(step, what `Agent.probe` returned), oldest first."""
+    steps: np.ndarray  # (S,) environment steps per task
+    success: np.ndarray  # (S, T) success rate of the training episodes since the point before
+    return_: np.ndarray  # (S, T) their mean return
+    updates: dict[str, np.ndarray]  # (S, T) means of what `Agent.update` returned; nan before
+
+
+class Finding(NamedTuple):
+    """A verdict on one aspect of a run's health, in plain language."""
+
+    check: str
+    """What was looked at, in two or three words, the same for every run."""
+    result: Literal["good", "note", "bad"]
+    verdict: str
+    """What was found, with numbers."""
+    advice: str = ""
+    """What to do about it."""
+
+
 class Agent(ABC):
     """One multi-task learner. Subclasses are the algorithms; the harness knows only this."""
 
@@ -110,6 +136,11 @@ class Agent(ABC):
     def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
         """What depends on the state, for observations (T, P, O): routes, modules used."""
         return {}
+
+    @classmethod
+    def health(cls, history: History) -> list[Finding]:  # noqa: ARG003
+        """Verdicts on a run under way or done, from what it recorded."""
+        return []
 
     @abstractmethod
     def parameter_counts(self) -> dict[str, int]:

@@ -204,17 +204,24 @@ def weight_intervals(levels: int, precision: int, offset: float = 0.99) -> NDArr
     return rows
 
 
-def modules_used(weights: NDArray[np.floating[Any]], threshold: float = 0.01) -> int:
-    """How many modules a chain of weights above the threshold connects to the head.
+def modules_reached(
+    weights: NDArray[np.floating[Any]], threshold: float = 0.01
+) -> NDArray[np.bool_]:
+    """Which of M_1 .. M_N a chain of weights above the threshold connects to the head, (N,).
 
-    ``weights`` (size, size) as from `weight_matrix`. The embedding m_0 is not a module.
+    ``weights`` (N + 1, N + 1) as from `weight_matrix`. The embedding m_0 is not a module.
     """
     above = weights > threshold
-    reached = above[-1].copy()  # [j]: m_j reaches the head
+    reached: NDArray[np.bool_] = above[-1].copy()  # [j]: m_j reaches the head
     for module in range(len(above) - 1, 0, -1):
         if reached[module]:
             reached |= above[module - 1]
-    return int(reached[1:].sum())
+    return reached[1:]
+
+
+def modules_used(weights: NDArray[np.floating[Any]], threshold: float = 0.01) -> int:
+    """How many modules `modules_reached` finds."""
+    return int(modules_reached(weights, threshold).sum())
 
 
 def _random_bits(count: int, rng: Generator) -> Bits:
@@ -454,6 +461,8 @@ class Genotype:
     """Sum of the returns that make its fitness."""
     count: int = 0
     """Their number."""
+    lived: int = 0
+    """Episodes in its whole life that counted."""
 
     @property
     def fitness(self) -> float:
@@ -503,6 +512,8 @@ class Community:
         self._rng = rng
         self._children = np.zeros(len(stages), dtype=np.int64)
         self._clones = np.zeros(len(stages), dtype=np.int64)
+        self._gone = np.zeros(len(stages), dtype=np.int64)
+        self._culled = np.zeros(len(stages), dtype=np.int64)
         self._flights: list[dict[int, _Flight]] = [{} for _ in stages]
         self._populations = [self._random_population(task) for task in range(len(stages))]
 
@@ -568,6 +579,7 @@ class Community:
         if not flight.counts or genotype not in population:
             return False
         genotype.evaluations += 1
+        genotype.lived += 1
         if self.settings.fitness == "last":
             genotype.returns, genotype.count = 0.0, 0
         genotype.returns += float(return_)
@@ -577,7 +589,7 @@ class Community:
         if learnt is not None:
             for member, genotype in enumerate(population):
                 self._rewrite(genotype, learnt(task, member))
-        self._populations[task] = self._optimised(task)
+        self._replace(task, self._optimised(task))
         self.generation[task] += 1
         return True
 
@@ -623,8 +635,14 @@ class Community:
         """
         self.stage[task] += 1
         if self.settings.replace == "at_once":
-            self._populations[task] = self._grown(task)
+            self._replace(task, self._grown(task))
         return int(self.stage[task])
+
+    def _replace(self, task: int, population: list[Genotype]) -> None:
+        gone = [genotype for genotype in self._populations[task] if genotype not in population]
+        self._gone[task] += len(gone)
+        self._culled[task] += sum(genotype.lived == 0 for genotype in gone)
+        self._populations[task] = population
 
     def _rewrite(self, genotype: Genotype, bits: Bits) -> None:
         bits.flags.writeable = False
@@ -757,7 +775,8 @@ class Community:
         """The populations as arrays.
 
         genotypes (T, P, L) int8, padded with -1; lengths, evaluations (T, P) int64; fitness (T, P),
-        nan where unevaluated; best (T,), index of `best`; hamming, clone_rate, generation (T,).
+        nan where unevaluated; best (T,), index of `best`; hamming, clone_rate, generation (T,);
+        gone (T,), genotypes replaced so far, and culled (T,), those of them never evaluated.
         """
         lengths = np.array([[len(g.bits) for g in p] for p in self._populations])
         genotypes = np.full((*lengths.shape, lengths.max()), -1, dtype=np.int8)
@@ -773,6 +792,8 @@ class Community:
             "hamming": self.hamming(),
             "clone_rate": self.clone_rate(),
             "generation": self.generation.copy(),
+            "gone": self._gone.copy(),
+            "culled": self._culled.copy(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -792,8 +813,10 @@ class Community:
             "generation": self.generation.tolist(),
             "children": self._children.tolist(),
             "clones": self._clones.tolist(),
+            "gone": self._gone.tolist(),
+            "culled": self._culled.tolist(),
             "populations": [
-                [[g.id, g.evaluations, g.returns, g.count] for g in population]
+                [[g.id, g.evaluations, g.returns, g.count, g.lived] for g in population]
                 for population in self._populations
             ],
             "in_flight": in_flight,
@@ -813,10 +836,12 @@ class Community:
         self.generation = np.array(state["generation"], dtype=np.int64)
         self._children = np.array(state["children"], dtype=np.int64)
         self._clones = np.array(state["clones"], dtype=np.int64)
+        self._gone = np.array(state["gone"], dtype=np.int64)
+        self._culled = np.array(state["culled"], dtype=np.int64)
         self._populations = [
             [
-                Genotype(number, self.table[number], evaluations, returns, count)
-                for number, evaluations, returns, count in population
+                Genotype(number, self.table[number], evaluations, returns, count, lived)
+                for number, evaluations, returns, count, lived in population
             ]
             for population in state["populations"]
         ]

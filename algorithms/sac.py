@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.agent import Action, Agent, AgentConfig, Batch, Plan
+from algorithms.agent import Action, Agent, AgentConfig, Batch, Finding, History, Plan
 from algorithms.nn import Init, initialise, split_gaussian, squash
 from suites.base import SuiteSpec, stream
 
@@ -252,6 +252,43 @@ class SAC(Agent):
         critic = sum(p.numel() // p.shape[0] for p in self.critic.parameters())
         return {"actor": actor, "critic": critic}
 
+    @classmethod
+    def health(cls, history: History) -> list[Finding]:
+        """Whether tasks are left out of the updates, and whether policies still explore."""
+        late = history.steps > history.plan.steps_per_task // 2
+
+        def mean(metric: str) -> np.ndarray | None:
+            """(T,) over the second half of training, None before it."""
+            values = history.updates.get(metric)
+            values = None if values is None else values[late & np.isfinite(values).all(1)]
+            return None if values is None or not len(values) else values.mean(0)
+
+        findings = []
+        if (masked := mean("masked")) is not None:
+            left_out = masked > 0.5
+            findings.append(
+                Finding(
+                    "updates", "bad",
+                    f"{listed(history.tasks, left_out)} left out of most updates: extreme losses",
+                    "lower the learning rates, or raise extreme_loss",
+                )
+                if left_out.any()
+                else Finding("updates", "good", "every task takes part in most updates")
+            )  # fmt: skip
+        if (alpha := mean("alpha")) is not None:
+            settled = alpha < 1e-4
+            words = f"temperatures {alpha.min():.2g} to {alpha.max():.2g}"
+            findings.append(
+                Finding(
+                    "exploration", "note",
+                    f"{words}; {listed(history.tasks, settled)} hardly explore any more",
+                    "a higher target_entropy keeps them exploring",
+                )
+                if settled.any()
+                else Finding("exploration", "good", words)
+            )  # fmt: skip
+        return findings
+
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimisers, temperatures, balance and the noise stream."""
         return {
@@ -282,6 +319,13 @@ class SAC(Agent):
         self.updates = state["updates"]
         self.noise.set_state(state["noise"].cpu())
         self.init_generator.set_state(state["init_generator"].cpu())
+
+
+def listed(tasks: tuple[str, ...], which: np.ndarray) -> str:
+    """``3 of 10 tasks (reach-v3, ...)`` for a mask (T,)."""
+    names = [name for name, chosen in zip(tasks, which, strict=True) if chosen]
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"{len(names)} of {len(tasks)} tasks ({shown})"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.frames import state_of
+from bench.frames import health_rows, state_of
 from bench.store import RunStore, StoreError
 
 Check = dict[str, Any]
@@ -56,7 +56,7 @@ def machine_checks(out: Path) -> list[Check]:
 
 
 def run_checks(store: RunStore) -> list[Check]:
-    """Whether a run's directory is whole, and how the run stands."""
+    """Whether a run's directory is whole, how the run stands, and its algorithm's verdicts."""
     try:
         spec = store.spec()
     except StoreError as error:
@@ -90,6 +90,10 @@ def run_checks(store: RunStore) -> list[Check]:
             _check(name, "good" if whole else "bad", f"{lines.count(10):,} lines",
                    "" if whole else "its last line is cut; resuming repairs it")
         )  # fmt: skip
+    for finding in health_rows(store):
+        checks.append(
+            _check(finding["check"], finding["result"], finding["verdict"], finding["advice"])
+        )
     return checks
 
 

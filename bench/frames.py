@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from algorithms.agent import Finding, History
 from bench.spec import Protocol
 from bench.store import RunStore, StoreError, find
 
@@ -24,6 +25,7 @@ def load(out: Path) -> Frames:
     probes: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
     traces: dict[str, dict[str, np.ndarray]] = {}
     tasks: dict[str, tuple[str, ...]] = {}
+    health: list[dict[str, str]] = []
     for store in find(out):
         name = str(store.path.relative_to(out))
         try:
@@ -38,22 +40,74 @@ def load(out: Path) -> Frames:
                 frames.append(frame.assign(**key))
         if metrics and (names := metrics[-1].loc[metrics[-1]["run"] == name, "task"].unique()).size:
             tasks.setdefault(row["suite"], tuple(names))
-        probes[name] = []
-        for path in sorted(store.probe_path.glob("*.npz")):
-            with np.load(path, allow_pickle=False) as arrays:
-                content = dict(arrays.items())
-            if path.stem == "trace":
-                traces[name] = content
-            elif path.stem.isdigit():
-                probes[name].append((int(path.stem), content))
+        probes[name] = read_probes(store)
+        if (trace := store.probe_path / "trace.npz").exists():
+            traces[name] = _arrays(trace)
+        health += [{"run": name} | finding for finding in health_rows(store, probes[name])]
     return {
         "runs": pd.DataFrame(runs),
         "metrics": _concatenate(metrics),
         "timing": _concatenate(timing),
+        "health": pd.DataFrame(health),
         "probes": probes,
         "traces": traces,
         "tasks": tasks,
     }
+
+
+Probes = list[tuple[int, dict[str, np.ndarray]]]
+
+
+def health_rows(store: RunStore, probes: Probes | None = None) -> list[dict[str, str]]:
+    """The algorithm's verdicts on a run: check, result, verdict, advice. None before it trained.
+
+    Raises StoreError if the run is damaged. An algorithm that is not installed here has no opinion.
+    """
+    spec, metrics = store.spec(), _read(store.path / "metrics.csv")
+    if metrics is None:
+        return []
+    try:
+        agent, config = spec.agent, spec.agent_config
+    except ValueError:
+        return []
+    if probes is None:
+        probes = read_probes(store)
+    of_training = metrics[metrics["kind"].isin(["train", "update"])]
+    tasks = tuple(str(task) for task in of_training["task"].unique())
+    index = pd.Index(sorted(of_training["step"].unique()))
+
+    def series(rows: pd.DataFrame, values: pd.Series) -> np.ndarray:
+        wide = rows.assign(shown=values).pivot_table(index="step", columns="task", values="shown")
+        return wide.reindex(index=index, columns=list(tasks)).to_numpy(np.float64)
+
+    trained = of_training[of_training["kind"] == "train"]
+    success = trained[trained["metric"] == "success"]
+    return_ = trained[trained["metric"] == "return"]
+    updates = of_training[of_training["kind"] == "update"]
+    history = History(
+        tasks, config, spec.protocol.plan, probes, index.to_numpy(),
+        series(success, success["value"] / success["count"]), series(return_, return_["value"]),
+        {str(name): series(rows, rows["value"]) for name, rows in updates.groupby("metric")},
+    )  # fmt: skip
+    try:
+        findings = agent.health(history)
+    except Exception as error:  # noqa: BLE001  (an opinion must not take the report along)
+        findings = [Finding("health", "note", f"not judged: {type(error).__name__}: {error}")]
+    return [finding._asdict() for finding in findings]
+
+
+def read_probes(store: RunStore) -> Probes:
+    """(step, arrays) of the agent's own state over training, oldest first."""
+    return [
+        (int(path.stem), _arrays(path))
+        for path in sorted(store.probe_path.glob("*.npz"))
+        if path.stem.isdigit()
+    ]
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays.items())
 
 
 def run_row(store: RunStore, name: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ RUN_COLUMNS: dict[str, Any] = {
 _ROW = {"run": "", "suite": "", "algorithm": "", "seed": -1, "step": 0}
 METRIC_COLUMNS = _ROW | {"kind": "", "task": "", "metric": "", "value": np.nan, "count": np.nan}
 TIMING_COLUMNS = _ROW | {"section": "", "seconds": np.nan}
+HEALTH_COLUMNS = {"run": "", "check": "", "result": "", "verdict": "", "advice": ""}
 
 _NO_TASK = ("", "all")
 REFERENCES = ("expert", "random")
@@ -94,6 +95,8 @@ class Results:
     mean episode return and episodes; of anything else, a mean and its samples."""
     timing: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Cumulative seconds per section of the training loop."""
+    health: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """The algorithms' verdicts on their runs: ``result`` is good, note or bad."""
     probes: dict[str, list[Snapshot]] = field(default_factory=dict)
     """Per run, the agent's own arrays by step."""
     traces: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -105,6 +108,7 @@ class Results:
         self.runs = _complete(self.runs, RUN_COLUMNS).drop_duplicates("run", keep="last")
         self.metrics = _complete(self.metrics, METRIC_COLUMNS)
         self.timing = _complete(self.timing, TIMING_COLUMNS)
+        self.health = _complete(self.health, HEALTH_COLUMNS)
 
 
 @cache

@@ -413,17 +413,12 @@ def compute(section: Section) -> Table:
                 "parameters_published": known,
             }
         )
+    columns = [c for c in section.runs.columns if str(c).startswith("hardware.")]
+    names = [str(c).removeprefix("hardware.").replace("_", " ") for c in columns]
     hardware = sorted(
         {
-            " ".join(part for part in parts if part)
-            for parts in zip(
-                *(
-                    section.runs[c].map(text)
-                    for c in section.runs.columns
-                    if str(c).startswith("hardware.")
-                ),
-                strict=True,
-            )
+            ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True) if value)
+            for values in zip(*(section.runs[c].map(text) for c in columns), strict=True)
         }
     )
     return Table(
@@ -447,6 +442,46 @@ def compute(section: Section) -> Table:
             "of training, beside D2R Table 8 (full-size networks; reduced presets have smaller "
             f"ones). Hardware: {'; '.join(h for h in hardware if h) or 'not recorded'}."
         ),
+    )
+
+
+@table("health")
+def health(section: Section) -> Table:
+    """What each algorithm says of its runs: learning, populations, growth."""
+    found = section.results.health
+    found = found[found["run"].isin(section.runs["run"])].join(
+        section.runs.set_index("run")[["label", "seed"]], on="run"
+    )
+    if found.empty:
+        raise MissingError("no run has recorded anything that its algorithm judges")
+    worst = ("bad", "note", "good")
+    rows = []
+    for label in section.labels:
+        of_label = found[found["label"] == label]
+        for check in dict.fromkeys(of_label["check"]):
+            verdicts = of_label[of_label["check"] == check]
+            rank = verdicts["result"].map(worst.index)
+            shown = verdicts.loc[rank.idxmin()]
+            counts = [f"{n} {w}" for w in worst if (n := int((verdicts["result"] == w).sum()))]
+            rows.append(
+                (
+                    label,
+                    check,
+                    ", ".join(counts),
+                    f"seed {shown['seed']}: {shown['verdict']}",
+                    shown["advice"],
+                )
+            )
+    return Table(
+        title="Health",
+        columns=("Algorithm", "Check", "Runs", "Worst run", "What to do"),
+        rows=rows,
+        data=found.drop(columns=["label"]).assign(algorithm=found["label"]),
+        caption=section.caption(
+            "Verdicts on training, not on results, from what every run recorded of itself; the "
+            "table shows one of the worst runs of each check, its data has all."
+        ),
+        details=bool((found["result"] == "good").all()),
     )
 
 

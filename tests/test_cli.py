@@ -215,6 +215,15 @@ def test_a_checkpoint_is_evaluated_again_as_it_was(finished: Path) -> None:
     assert rows == {r[2]: int(r[4]) for r in final if r[1] == "final" and r[3] == "success"}
 
 
+def test_the_doctor_judges_a_run(finished: Path) -> None:
+    done = bench("doctor", "mega", "--out", str(finished), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["check"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {"spec.json", "metrics.csv", "updates", "population", "growth", "clones"} <= rows.keys()
+    assert "of their bits" in rows["population"]["value"]
+    assert all(row["result"] in ("good", "note") for row in rows.values())
+
+
 def test_listings_have_a_schema(finished: Path) -> None:
     for arguments in (
         ["list", "algos"], ["list", "variants"], ["list", "suites"], ["list", "presets"],

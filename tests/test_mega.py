@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from algorithms.agent import Batch, Plan
+from algorithms.agent import Batch, History, Plan
 from algorithms.genetic import Community, GeneticSettings, decode, length, stage_of
 from algorithms.mega import CAUSES, MEGA, Decoder, Evolution, GenotypeNetwork, MEGAConfig
 from algorithms.nn import LayerNorm, Linear, initialise
@@ -666,11 +666,96 @@ def test_probe_is_complete() -> None:
     expected = {
         "stage", "stage_events", "cause_names", "genotypes", "lengths", "fitness", "evaluations",
         "best", "modules_used", "hamming", "clone_rate", "generation", "weight_intervals",
-        "precision",
+        "precision", "gone", "culled",
     }  # fmt: skip
     assert probe.keys() == expected
     assert agent.seconds["genetic"] > 0
     assert make().probe()["stage_events"].shape == (0, 5)
+
+
+def history(agent: MEGA, **changes: Any) -> History:
+    """What a run of 100 log points records, healthy unless changed."""
+    tasks, plan = agent.suite.num_tasks, agent.plan
+    steps = np.linspace(plan.steps_per_task / 100, plan.steps_per_task, 100)
+    flat = np.ones((100, tasks))
+    given = {
+        "success": 0.5 * flat, "return_": 100 * flat,
+        "updates": {"masked": 0 * flat, "alpha": 0.1 * flat},
+        "probe": agent.probe(),
+    } | changes  # fmt: skip
+    return History(
+        agent.suite.task_names, agent.config, plan, [(plan.steps_per_task, given["probe"])], steps,
+        given["success"], given["return_"], given["updates"],
+    )  # fmt: skip
+
+
+def verdicts(agent: MEGA, **changes: Any) -> dict[str, tuple[str, str]]:
+    found = MEGA.health(history(agent, **changes))
+    assert len({finding.check for finding in found}) == len(found)
+    assert all(finding.advice for finding in found if finding.result == "bad")
+    return {finding.check: (finding.result, finding.verdict) for finding in found}
+
+
+def test_a_sound_run_is_healthy() -> None:
+    agent = make(4, window=1000)
+    for episode in range(60):
+        for task in range(4):
+            end_episode(agent, task, float((7 * episode + task) % 11))
+    assert {result for result, _ in verdicts(agent).values()} == {"good"}
+    # Ten generations in each of four tasks, two genotypes replaced in each.
+    assert "0 of 80" in verdicts(agent)["evaluation"][1]
+
+
+def test_health_names_each_failure() -> None:
+    agent = make(4, window=10)
+    steps, flat = agent.plan.steps_per_task, np.ones((100, 4))
+    probe = agent.probe()
+    same = probe | {
+        "hamming": np.array([0.01, 0.3, 0.3, 0.02]),
+        "genotypes": np.repeat(np.repeat(probe["genotypes"][:1, :1], 4, 0), 3, 1),
+        "clone_rate": np.full(4, 0.8),
+        "gone": np.full(4, 10), "culled": np.array([0, 5, 0, 0]),
+    }  # fmt: skip
+    found = verdicts(agent, probe=same, updates={"masked": flat * [0.9, 0, 0, 0],
+                                                 "alpha": flat * [1e-5, 1, 1, 1]})  # fmt: skip
+    for check, result, words in (
+        ("population", "bad", "2 of 4 tasks (task-0, task-3)"),
+        ("tasks apart", "bad", "one cluster"),
+        ("evaluation", "bad", "5 of 40"),
+        ("clones", "note", "80%"),
+        ("updates", "bad", "1 of 4 tasks (task-0)"),
+        ("exploration", "note", "1 of 4 tasks (task-0)"),
+    ):
+        assert found[check][0] == result, check
+        assert words in found[check][1]
+
+    events = np.array(
+        [[steps * k // 10, task, 3 + k, 4 + k, 0] for k in (8, 9) for task in (0, 1, 2)]
+    )
+    grown = probe | {"stage": np.array([24, 5, 5, 3]), "stage_events": events}
+    assert found["growth"][0] == "good"
+    assert verdicts(agent, probe=grown)["growth"][0] == "bad"
+    late = verdicts(agent, probe=grown | {"stage": np.array([5, 5, 5, 3])})
+    assert late["growth"][0] == "note"
+    assert "3 of 4 tasks" in late["growth"][1]
+    falling = flat.cumsum(0)[::-1]
+    assert late["after growth"][0] == "good"
+    drop = verdicts(agent, probe=grown, return_=falling**3)
+    assert drop["after growth"][0] == "bad"
+
+
+def test_a_module_that_nobody_reads_is_reported() -> None:
+    """At offset 1 a decimal of 0 is a weight of 0: the head reads m_1 alone."""
+    agent = make(2, offset=1.0)
+    bits = np.array([1] * 8 + [1] * 4 + [0, 0, 1, 1, 0, 0, 0, 0], np.int8)
+    probe = agent.probe()
+    probe["genotypes"] = np.broadcast_to(bits, (2, 3, 20))
+    found = verdicts(agent, probe=probe)
+    assert found["modules"] == (
+        "note",
+        "M_2, M_3 of 3 modules fed no task's head through weights above 0.01 in the second half "
+        "of training",
+    )
 
 
 def test_configuration_is_decided_by_suite_and_length() -> None:

@@ -95,6 +95,7 @@ def make_results(
     """Plausible frames of every kind that the store hands over."""
     steps = np.linspace(0, steps_per_task, 11).astype(int)
     runs, metrics, timing = [], [], []
+    health: list[dict[str, str]] = []
     probes: dict[str, Any] = {}
     traces: dict[str, Any] = {}
     for a, algorithm in enumerate(algorithms):
@@ -157,6 +158,11 @@ def make_results(
                 ]
             if algorithm.startswith("mega"):
                 probes[run] = _mega_probes(rng, seen, len(tasks))
+                result, words = ("bad", "collapsed") if seed == 1 else ("good", "lively")
+                health.append(
+                    {"run": run, "check": "population", "result": result, "verdict": words}
+                    | {"advice": "breed more" if seed == 1 else ""}
+                )
             elif algorithm.startswith("d2r"):
                 probes[run] = [
                     (int(s), {"route_temperature": 1 + rng.random(len(tasks)) * s / 1e5})
@@ -174,6 +180,7 @@ def make_results(
         runs=pd.DataFrame(runs),
         metrics=pd.DataFrame(metrics),
         timing=pd.DataFrame(timing),
+        health=pd.DataFrame(health),
         probes=probes,
         traces=traces,
     )
@@ -418,6 +425,16 @@ def test_compute_table_shares_and_speed() -> None:
     assert (row["Simulator %"], row["Genetic %"]) == ("30.0", "0.5")
     assert "Other %" not in row
     assert row["Actor + critic M"] == "0.49 + 0.68"
+
+
+def test_health_shows_the_worst_run_of_each_check(results: Results) -> None:
+    (section,) = sections(results)
+    shown = TABLES["health"](section)
+    assert shown.rows == [
+        ("mega", "population", "1 bad, 4 good", "seed 1: collapsed", "breed more")
+    ]
+    assert len(shown.data) == 5
+    assert not shown.details
 
 
 def test_scales_and_settings_are_never_averaged() -> None:
