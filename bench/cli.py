@@ -128,7 +128,12 @@ def run(
 @app.command()
 def ablate(
     ablation: Annotated[str, typer.Argument(help="bench list ablations, or all.")],
-    suite: Suites = "mt10_rand",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite", help="Suites, comma-separated; default: the ablation's, mt10_rand."
+        ),
+    ] = None,
     seeds: Seeds = None,
     preset: Preset = "cpu",
     steps: Steps = None,
@@ -155,11 +160,12 @@ def ablate(
     overrides = _overrides(set_, steps)
     requests = [
         Request(
-            entry["algos"], names(suite, "--suite"), parse_seeds(seeds or "5"), preset, overrides
+            entry["algos"], names(suite or entry.get("suite", "mt10_rand"), "--suite"),
+            parse_seeds(seeds or "5"), preset, entry.get("set", {}) | overrides,
         )
         for name, entry in shipped.items()
         if ablation in (name, "all")
-    ]
+    ]  # fmt: skip
     _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
 
 
@@ -510,7 +516,7 @@ def list_(
     elif what == "ablations":
         rows = [
             {"name": n, "description": e["description"], "paper": e["paper"],
-             "algos": ",".join(e["algos"])}
+             "suite": e.get("suite", "mt10_rand"), "algos": ",".join(e["algos"])}
             for n, e in ablations().items()
         ]  # fmt: skip
     else:

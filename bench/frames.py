@@ -130,6 +130,7 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
         "parameters_actor": parameters.get("actor"),
         "parameters_critic": parameters.get("critic"),
         "seconds": seconds,
+        "peak_memory_bytes": status.get("peak_memory_bytes"),
         "steps_per_second": status.get("steps_per_second"),
         "updates_per_second": _updates_per_second(spec.protocol, status.get("steps_per_second")),
         "heartbeat": status.get("time"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -72,6 +73,12 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "numerics": numerics(device, threads),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held at once."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def resolve_device(device: str) -> str:

@@ -259,7 +259,10 @@ class RunSpec(BaseModel):
         # changes the protocol holds for the whole sweep and is no part of a label.
         of_protocol = {key: value for key, value in mine.items() if key in Protocol.model_fields}
         changed = {key: value for key, value in mine.items() if key not in of_protocol}
-        for candidate in ["", variant, *_variants_like(agent, config)] if changed else []:
+        alike = (
+            ["", variant, *_variants_like(agent, config)] if changed else [""] if variant else []
+        )
+        for candidate in alike:
             try:
                 same = values(candidate, of_protocol)[:2] == (protocol, config)
             except SpecError:

@@ -142,7 +142,8 @@ def read_grid(
 
 
 def ablations() -> dict[str, dict[str, Any]]:
-    """The shipped ablations: name -> description, paper and algorithms to compare."""
+    """The shipped ablations: name -> description, paper, algorithms to compare, and where it has
+    one of its own, suite and values (``set``)."""
     text = files("bench").joinpath("grids", "ablations.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 

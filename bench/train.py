@@ -123,7 +123,7 @@ def train(
             ended("failed", error=reason, traceback=traceback.format_exc())
             raise
         known["step"] = spec.protocol.steps_per_task
-        ended("done")
+        ended("done", peak_memory_bytes=machine.peak_memory_bytes())
         store.drop_replay()
 
 

@@ -30,6 +30,7 @@ RUN_COLUMNS: dict[str, Any] = {
     "parameters_critic": np.nan,
     "seconds": np.nan,
     "updates_per_second": np.nan,
+    "peak_memory_bytes": np.nan,
     "error": "",
 }
 _ROW = {"run": "", "suite": "", "algorithm": "", "seed": -1, "step": 0}

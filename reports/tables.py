@@ -384,6 +384,7 @@ def compute(section: Section) -> Table:
         shares = shares.where(parts.notna().any())
         actor, critic = _mean(runs["parameters_actor"]), _mean(runs["parameters_critic"])
         seconds, updates = _mean(total.dropna()), _mean(runs["updates_per_second"].dropna())
+        memory = _mean(runs["peak_memory_bytes"].dropna()) / 1e9
         known = float(counts.get(label, np.nan)) * 1e6
         if section.suite.split("_")[0] not in ("mt10", "mt50"):
             known = np.nan
@@ -394,6 +395,7 @@ def compute(section: Section) -> Table:
                 f"{seconds:,.0f}" if np.isfinite(seconds) else ABSENT,
                 f"{speed:,.0f}" if np.isfinite(speed) else ABSENT,
                 f"{updates:,.1f}" if np.isfinite(updates) else ABSENT,
+                f"{memory:.2f}" if np.isfinite(memory) else ABSENT,
                 *(f"{100 * s:.1f}" if np.isfinite(s) else ABSENT for s in shares[measured]),
                 f"{_millions(actor)} + {_millions(critic)}" if actor + critic > 0 else ABSENT,
                 _millions(known),
@@ -407,6 +409,7 @@ def compute(section: Section) -> Table:
                 "seconds": seconds,
                 "steps_per_second": speed,
                 "updates_per_second": updates,
+                "peak_memory_bytes": 1e9 * memory,
                 **{f"share_{name}": float(shares[name]) for name in SHARES},
                 "parameters_actor": actor,
                 "parameters_critic": critic,
@@ -429,6 +432,7 @@ def compute(section: Section) -> Table:
             "Seconds",
             "Steps/s",
             "Updates/s",
+            "Memory GB",
             *(f"{name.capitalize()} %" for name in measured),
             "Actor + critic M",
             "Published M",
@@ -437,8 +441,9 @@ def compute(section: Section) -> Table:
         data=pd.DataFrame(data),
         caption=section.caption(
             "Wall-clock seconds of training per run, environment steps of all tasks together per "
-            "second, gradient updates per second; means over finished runs, or over all runs of an "
-            "algorithm that has none. Shares are of the total. Parameters in millions at the end "
+            "second, gradient updates per second, most memory of the process (a GPU's not "
+            "included); means over finished runs, or over all runs of an algorithm that has none. "
+            "Shares are of the total. Parameters in millions at the end "
             "of training, beside D2R Table 8 (full-size networks; reduced presets have smaller "
             f"ones). Hardware: {'; '.join(h for h in hardware if h) or 'not recorded'}."
         ),

@@ -26,6 +26,8 @@ _NAMES = (
     *(f"custom_{kind}:<task>+<task>" for kind in ("fixed", "rand")),
     "toy",
     "toy<tasks>",
+    "toy_opposite",
+    "toy_opposite<tasks>",
 )
 
 

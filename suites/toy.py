@@ -1,8 +1,10 @@
-"""K point-mass tasks of Meta-World's shapes, learnable in seconds. For tests.
+"""K point-mass tasks of Meta-World's shapes, learnable in seconds. For tests and small studies.
 
-A point starts near the origin of the plane and is to reach a goal on a ring around it. Task k
-turns the motor by 2 pi k / K before it moves the point, which the observation does not show: no
-policy that ignores the task solves more than one of them.
+A point starts near the origin of the plane and is to reach a goal on a ring around it. In ``toy``
+task k turns the motor by 2 pi k / K before it moves the point, which the observation does not show:
+no policy that ignores the task solves more than one of them. In ``toy_opposite`` the motor is the
+same everywhere, but every other task is to reach the point opposite to the goal that it is shown:
+tasks of equal observations that want opposite actions.
 """
 
 from __future__ import annotations
@@ -26,33 +28,34 @@ _START = 0.1
 """Half the side of the square of starting points."""
 _RING = (0.5, 0.9)
 """Least and largest distance of a goal from the origin."""
-_MAX_TASKS = 100
+_MAX_TASKS = 500
 
 
 def load(name: str, *, goals: str, reward_version: str, horizon: int) -> Toy:
-    """The suite ``toy`` (3 tasks) or ``toy<K>`` (K tasks, 1 to 100)."""
-    match = re.fullmatch(r"toy(\d{0,3})", name)
-    tasks = int(match[1] or 3) if match else 0
-    if not 1 <= tasks <= _MAX_TASKS:
+    """The suite ``toy`` (3 tasks) or ``toy<K>`` (K tasks, 1 to 500), and so ``toy_opposite``."""
+    match = re.fullmatch(r"toy(_opposite)?(\d{0,3})", name)
+    tasks = int(match[2] or (2 if match[1] else 3)) if match else 0
+    if match is None or not 1 <= tasks <= _MAX_TASKS:
         raise ValueError(unknown("suite", name, names()))
     if goals != "fresh":
         raise ValueError(f"goals {goals!r}: the toy suite has fresh goals only")
     if reward_version != "v2":
         raise ValueError(f"reward_version {reward_version!r}: the toy suite has one reward, 'v2'")
     task_names = tuple(f"point-{task}" for task in range(tasks))
-    return Toy(
-        SuiteSpec(name=name, task_names=task_names, obs_dim=39, action_dim=4, horizon=horizon)
-    )
+    spec = SuiteSpec(name=name, task_names=task_names, obs_dim=39, action_dim=4, horizon=horizon)
+    return Toy(spec, opposite=bool(match[1]))
 
 
 class Toy(Suite):
-    """Point masses whose motors are turned by a hidden angle; a new goal in every episode."""
+    """Point masses with a hidden angle or side of the goal; a new goal in every episode."""
 
     frozen_goals = False
 
-    def __init__(self, spec: SuiteSpec) -> None:
+    def __init__(self, spec: SuiteSpec, *, opposite: bool) -> None:
         self.spec = spec
-        angle = 2 * np.pi * np.arange(spec.num_tasks) / spec.num_tasks
+        task = np.arange(spec.num_tasks)
+        self._side = 1.0 - 2.0 * (task % 2) * opposite
+        angle = 0.0 * task if opposite else 2 * np.pi * task / spec.num_tasks
         cos, sin = np.cos(angle), np.sin(angle)
         self._turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 
@@ -67,7 +70,9 @@ class Toy(Suite):
         ]
         return LockstepEnv(
             self.spec,
-            partial(_Points, turn=self._turn, envs_per_task=envs_per_task, seeds=seeds),
+            partial(
+                _Points, turn=self._turn, side=self._side, envs_per_task=envs_per_task, seeds=seeds
+            ),
             seeds,
             envs_per_task=envs_per_task,
             workers=workers,
@@ -76,7 +81,8 @@ class Toy(Suite):
 
     def expert(self, obs: np.ndarray) -> np.ndarray:
         """Straight to the goal: actions (T, E, 4) float32."""
-        way = (obs[..., 36:38] - obs[..., 0:2]).astype(np.float64)
+        goal = self._side[:, None, None] * obs[..., 36:38]
+        way = (goal - obs[..., 0:2]).astype(np.float64)
         action = np.zeros((*obs.shape[:2], self.spec.action_dim), np.float32)
         action[..., :2] = np.einsum("tji,tej->tei", self._turn, way) / _SPEED
         # Scaled, not clipped by number, so that the direction stays.
@@ -94,12 +100,14 @@ class _Points(Shard):
         arrays: Arrays,
         *,
         turn: np.ndarray,
+        side: np.ndarray,
         envs_per_task: int,
         seeds: Sequence[int],
     ) -> None:
-        """``turn`` (T, 2, 2) of all tasks, ``seeds`` of all environments."""
+        """``turn`` (T, 2, 2) and ``side`` (T,) of all tasks, ``seeds`` of all environments."""
         self._rows, self._index, self._arrays = rows, np.array(rows), arrays
         self._turn = turn[self._index // envs_per_task]
+        self._side = side[self._index // envs_per_task, None]
         self._generators = [np.random.default_rng(seeds[row]) for row in rows]
         self._position, self._goal = np.zeros((2, len(rows), 2))
         self._states: list[Any] = []
@@ -120,7 +128,7 @@ class _Points(Shard):
         action = np.clip(self._arrays.action[self._index, :2].astype(np.float64), -1.0, 1.0)
         move = _SPEED * np.einsum("nij,nj->ni", self._turn, action)
         self._position = np.clip(self._position + move, -1.0, 1.0)
-        distance = np.linalg.norm(self._position - self._goal, axis=-1)
+        distance = np.linalg.norm(self._position - self._side * self._goal, axis=-1)
         self._arrays.reward[self._index] = 10.0 * np.exp(-2.0 * distance)
         self._arrays.success[self._index] = distance <= _RADIUS
         self._observe(self._arrays.next_obs)

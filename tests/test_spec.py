@@ -47,6 +47,12 @@ def test_the_papers_values_are_the_defaults() -> None:
     assert (large.steps_per_task, large.replay_per_task) == (1_000_000, 200_000)
 
 
+def test_a_variant_that_changes_nothing_shares_the_plain_runs() -> None:
+    plain, by_name = resolve("mega"), resolve("mega@precision2")
+    assert by_name.directory == plain.directory  # 2 bits are MT10's precision ...
+    assert resolve("mega@precision2", suite="mt50_rand").label == "mega@precision2"  # not MT50's
+
+
 def test_preset_then_variant_then_user() -> None:
     def warmup(algorithm: str, preset_name: str, **user: Any) -> tuple[int, str]:
         spec = resolve(algorithm, preset=preset_name, **user)

@@ -726,11 +726,23 @@ def test_toy_expert_and_random_policy() -> None:
     assert reward.max() <= 10
 
 
-def test_toy_needs_the_task() -> None:
+def test_opposite_goals_look_alike_and_want_opposite_actions() -> None:
+    suite = suites.load("toy_opposite", horizon=50)
+    assert suite.spec.num_tasks == 2
+    assert suites.load("toy_opposite6").spec.num_tasks == 6
+    obs = np.repeat(suite.make(seed=0).reset()[:1], 2, axis=0)
+    obs[..., 0:2] = 0
+    action = suite.expert(obs)
+    assert np.abs(action[0]).max() > 0
+    np.testing.assert_array_equal(action[0], -action[1])
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_opposite"])
+def test_toy_needs_the_task(name: str) -> None:
     """The same observations, yet one task's expert does not solve another task."""
-    suite = suites.load("toy", horizon=50)
+    suite = suites.load(name, horizon=50)
     env = suite.make(seed=0, envs_per_task=5)
-    seeds = np.tile(np.arange(5), (3, 1))
+    seeds = np.tile(np.arange(5), (suite.spec.num_tasks, 1))
     obs = env.reset(seeds)
     np.testing.assert_array_equal(obs, np.broadcast_to(obs[:1], obs.shape))
     episodes = []

@@ -54,7 +54,13 @@ def test_planning_touches_no_disk(tmp_path: Path) -> None:
 
 def test_every_shipped_ablation_resolves() -> None:
     for entry in ablations().values():
-        assert expand([request(*entry["algos"])])
+        assert {"description", "paper", "algos"} <= entry.keys() <= {
+            "description", "paper", "algos", "suite", "set",
+        }  # fmt: skip
+        request = Request(
+            entry["algos"], [entry.get("suite", "mt10_rand")], [0], "cpu", entry.get("set", {})
+        )
+        assert len(expand([request])) == len(entry["algos"])  # every row is another configuration
         assert entry["paper"]
         assert entry["description"]
 
