@@ -691,7 +691,9 @@ def duration(seconds: float) -> str:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(soft_wrap=True, highlight=False, markup=False)
+    # Files and pipes have no width; tables fit without broken words in this one.
+    width = None if sys.stdout.isatty() else 120
+    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
 
 
 def _status(console: Any, text: str) -> Any:

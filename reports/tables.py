@@ -695,8 +695,9 @@ def summary(results: Results) -> RenderableType:
         wanted = [0, 1, 2, 3, 4, 7, 8]
         for position in wanted:
             grid.add_column(
-                source.columns[position], justify="right" if position else "left", overflow="fold"
-            )
+                source.columns[position].replace(": ", "\n"),
+                justify="right" if position else "left", overflow="fold",
+            )  # fmt: skip
         for row in source.rows:
             grid.add_row(*(Text(row[position]) for position in wanted))
         notes = [f"{section.scale}; {section.episodes} episodes per task; {section.missing}."]
