@@ -650,7 +650,8 @@ def _diversity(tasks: tuple[str, ...], probes: list[dict[str, np.ndarray]]) -> F
     """Whether the genotypes of a population still differ."""
     mean = np.mean([probe["hamming"] for probe in probes], axis=0)  # (T,)
     collapsed = mean < COLLAPSED
-    words = f"genotypes of one task differ in {mean.mean():.0%} of their bits (random ones: 50 %)"
+    share = 100 * mean.mean()
+    words = f"genotypes of one task differ in {share:.0f} % of their bits (random ones: 50 %)"
     if not collapsed.any():
         return Finding("population", "good", words)
     return Finding(
@@ -680,7 +681,8 @@ def _clusters(probe: dict[str, np.ndarray], config: MEGAConfig) -> Iterator[Find
     # Half the L1 distance of two levels is the share of their input that differs, 0 to 1.
     distance = np.abs(flat[:, None] - flat[None]).sum(-1) / 2 / levels
     mean = distance.sum() / (tasks * (tasks - 1))
-    words = f"the best genotypes of two tasks weight {mean:.0%} of what modules read differently"
+    share = 100 * mean
+    words = f"the best genotypes of two tasks weight {share:.0f} % of what modules read differently"
     if mean >= SAME_NETWORK:
         yield Finding("tasks apart", "good", words)
     elif config.task_identity != "genotype":
@@ -777,7 +779,7 @@ def _dead_modules(probes: list[dict[str, np.ndarray]], config: MEGAConfig) -> It
 def _clones(probe: dict[str, np.ndarray]) -> Finding:
     """Whether breeding brings anything new."""
     rate = float(probe["clone_rate"].mean())
-    words = f"{rate:.0%} of the children equalled a living genotype of their task"
+    words = f"{100 * rate:.0f} % of the children equalled a living genotype of their task"
     if rate <= 0.5:
         return Finding("clones", "good", words)
     advice = "a larger population_size or parents=before_drop gives crossover two parents"

@@ -43,6 +43,8 @@ class Table:
     caption: str
     warnings: tuple[str, ...] = ()
     """What a reader must know before believing the table."""
+    words: tuple[str, ...] = ()
+    """Columns that hold words, to be aligned as such."""
     details: bool = False
     """Whether a page may fold it away."""
 
@@ -367,7 +369,13 @@ def compute(section: Section) -> Table:
     timing = section.timing
     if timing.empty and not section.runs["seconds"].notna().any():
         raise MissingError("no run has recorded its times yet")
-    last = timing.sort_values("step").groupby(["run", "section"])["seconds"].last().unstack()
+    # Stable: rows of one step stand in the order in which they were written.
+    last = (
+        timing.sort_values("step", kind="stable")
+        .groupby(["run", "section"])["seconds"]
+        .last()
+        .unstack()
+    )
     column = "mt50_millions" if section.suite.startswith("mt50") else "mt10_millions"
     counts = published("parameters").set_index("algorithm")[column]
     measured = [name for name in SHARES if name in last and last[name].notna().any()]
@@ -480,6 +488,7 @@ def health(section: Section) -> Table:
     return Table(
         title="Health",
         columns=("Algorithm", "Check", "Runs", "Worst run", "What to do"),
+        words=("Check", "Runs", "Worst run", "What to do"),
         rows=rows,
         data=found.drop(columns=["label"]).assign(algorithm=found["label"]),
         caption=section.caption(
@@ -600,6 +609,7 @@ def run_table(results: Results) -> Table:
             "Hours",
             "Error",
         ),
+        words=("Algorithm", "State", "Error"),
         rows=rows,
         data=runs.drop(columns=["finished"]),
         caption="Every run found. Latest evaluation: mean over tasks of its success rate.",

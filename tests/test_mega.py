@@ -722,7 +722,7 @@ def test_health_names_each_failure() -> None:
         ("population", "bad", "2 of 4 tasks (task-0, task-3)"),
         ("tasks apart", "bad", "one cluster"),
         ("evaluation", "bad", "5 of 40"),
-        ("clones", "note", "80%"),
+        ("clones", "note", "80 %"),
         ("updates", "bad", "1 of 4 tasks (task-0)"),
         ("exploration", "note", "1 of 4 tasks (task-0)"),
     ):

@@ -427,6 +427,18 @@ def test_compute_table_shares_and_speed() -> None:
     assert row["Actor + critic M"] == "0.49 + 0.68"
 
 
+def test_compute_reads_the_last_row_of_the_last_step() -> None:
+    """The final evaluation follows the last checkpoint: two rows of one step, many sections."""
+    made = make_results()
+    last = made.timing[made.timing["step"] == 100_000]
+    again = last.assign(seconds=last["seconds"] + 100)
+    before, after = (
+        TABLES["compute"](sections(replace(made, timing=timing))[0]).data["seconds"]
+        for timing in (made.timing, pd.concat([made.timing, again], ignore_index=True))
+    )
+    assert (after == before + 100).all()
+
+
 def test_health_shows_the_worst_run_of_each_check(results: Results) -> None:
     (section,) = sections(results)
     shown = TABLES["health"](section)
