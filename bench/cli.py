@@ -623,12 +623,20 @@ def speed(
     preset: Preset = "paper",
     threads: Threads = 1,
     device: Device = "auto",
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="Of measuring, per algorithm.")
+    ] = 6.0,
     json: Json = False,
 ) -> None:
     """Milliseconds per update and per action, and simulator steps/s, on this machine.
 
-    Example: bench speed --suite mt10_rand --algos mega,d2r,mt_sac --preset cpu
+    Algorithms are measured in turns; "ratio" is an update's time to that of the first.
+
+    Example: bench speed --suite mt10_rand --algos mt_sac,mega,d2r --preset cpu
     """
+    import os
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler chats
     import algorithms
     from bench import machine
     from bench.speed import speed_rows
@@ -639,7 +647,7 @@ def speed(
     except ValueError as error:
         raise UsageError(str(error)) from None
     labels = names(algos, "--algos") if algos else algorithms.names()
-    rows = speed_rows(labels, suite, preset, chosen, threads)
+    rows = speed_rows(labels, suite, preset, chosen, threads, seconds)
     if json:
         _print_json("speed", rows)
         return

@@ -105,16 +105,36 @@ def median_seconds(action: Callable[[], Any], budget: float, at_most: int = 10_0
     return float(np.median(times))
 
 
+ROUNDS = 5
+"""Times that every algorithm is measured, in turns, so that a busy moment falls on all alike."""
+
+PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
+
+
 def speed_rows(
-    labels: Sequence[str], suite: str, preset: str, device: str, threads: int
+    labels: Sequence[str],
+    suite: str,
+    preset: str,
+    device: str,
+    threads: int,
+    seconds: float = 6.0,
 ) -> list[dict[str, Any]]:
-    """A row per algorithm: ms per update and per act, simulator steps/s, environment steps/s."""
+    """A row per algorithm, about ``seconds`` of measuring each.
+
+    Milliseconds per update and per act; ``ratio``, an update's to that of the first algorithm;
+    ``gemm_share``, the share of the update spent in matrix products; simulator and training steps/s
+    of all environments together. Each figure is the least of `ROUNDS` medians.
+    """
     torch.set_num_threads(threads)
-    rows = []
-    for label in labels:
-        spec = RunSpec.resolve(label, suite, 0, preset_name=preset)
-        agent = _agent(spec, device)
-        parts = measure(spec, agent, budget=6.0)
+    specs = [RunSpec.resolve(label, suite, 0, preset_name=preset) for label in labels]
+    agents = [_agent(spec, device) for spec in specs]
+    rounds = [
+        [measure(spec, agent, seconds / ROUNDS) for spec, agent in zip(specs, agents, strict=True)]
+        for _ in range(ROUNDS)
+    ]
+    rows: list[dict[str, Any]] = []
+    for place, (label, spec, agent) in enumerate(zip(labels, specs, agents, strict=True)):
+        parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
         envs = agent.suite.num_tasks * spec.protocol.envs_per_task
         rows.append(
             {
@@ -124,12 +144,41 @@ def speed_rows(
                 "device": device,
                 "threads": threads,
                 "update_ms": 1e3 * parts.update,
+                "ratio": 1e3 * parts.update / rows[0]["update_ms"] if rows else 1.0,
+                "gemm_share": gemm_share(agent, spec.protocol.batch_per_task),
                 "act_ms": 1e3 * parts.act,
                 "simulator_steps_per_second": envs / parts.step,
                 "training_steps_per_second": envs / sum(parts),
             }
         )
     return rows
+
+
+def gemm_share(agent: Agent, rows: int, updates: int = 3) -> float:
+    """Share of an update's operator time that is spent in matrix products."""
+    batch = example_batch(agent, rows, _extras(agent))
+    agent.update(batch)
+    on_gpu = agent.device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profile:
+        for _ in range(updates):
+            agent.update(batch)
+    spent = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    products = sum(
+        time_
+        for name, time_ in spent.items()
+        if name in PRODUCTS or (on_gpu and "gemm" in name.lower())
+    )
+    return float(products / sum(spent.values()))
+
+
+def _extras(agent: Agent) -> dict[str, np.ndarray]:
+    """What the agent stores with a transition, of one environment per task."""
+    obs = np.zeros((agent.suite.num_tasks, 1, agent.suite.obs_dim), np.float32)
+    return agent.act(obs, explore=True).extras
 
 
 def _agent(spec: RunSpec, device: str) -> Agent:

@@ -224,6 +224,17 @@ def test_the_doctor_judges_a_run(finished: Path) -> None:
     assert all(row["result"] in ("good", "note") for row in rows.values())
 
 
+def test_speed_sets_algorithms_side_by_side() -> None:
+    done = bench("speed", "--suite", "toy", "--algos", "mt_sac,mega@fixed8", "--preset", "smoke",
+                 "--seconds", "0.5", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)["rows"]
+    assert first["ratio"] == 1.0
+    assert second["ratio"] == pytest.approx(second["update_ms"] / first["update_ms"])
+    assert (first["algorithm"], second["batch"], second["threads"]) == ("mt_sac", 48, 1)
+    assert all(0 < row["gemm_share"] < 1 for row in (first, second))
+
+
 def test_listings_have_a_schema(finished: Path) -> None:
     for arguments in (
         ["list", "algos"], ["list", "variants"], ["list", "suites"], ["list", "presets"],
