@@ -634,9 +634,6 @@ def speed(
 
     Example: bench speed --suite mt10_rand --algos mt_sac,mega,d2r --preset cpu
     """
-    import os
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # before torch: its profiler chats
     import algorithms
     from bench import machine
     from bench.speed import speed_rows

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,7 +163,10 @@ def gemm_share(agent: Agent, rows: int, updates: int = 3) -> float:
     agent.update(batch)
     on_gpu = agent.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profile:
+    with (
+        silent_stderr(),  # the profiler's native part chats there
+        torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profile,
+    ):
         for _ in range(updates):
             agent.update(batch)
     spent = {
@@ -173,6 +179,20 @@ def gemm_share(agent: Agent, rows: int, updates: int = 3) -> float:
         if name in PRODUCTS or (on_gpu and "gemm" in name.lower())
     )
     return float(products / sum(spent.values()))
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Send what native code writes to standard error nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _extras(agent: Agent) -> dict[str, np.ndarray]:
