@@ -17,8 +17,12 @@ ENTRY_POINT_GROUP = "mega_bench.algorithms"
 _BUILT_IN = {
     "mega": "algorithms.mega:MEGA",
     "d2r": "algorithms.d2r:D2R",
+    "soft_module": "algorithms.soft_module:SoftModule",
+    "moore": "algorithms.moore:MOORE",
+    "paco": "algorithms.paco:PaCo",
     "mtmh_sac": "algorithms.mtmh_sac:MTMHSAC",
     "mt_sac": "algorithms.mt_sac:MTSAC",
+    "sac": "algorithms.single_task_sac:SingleTaskSAC",
 }
 
 

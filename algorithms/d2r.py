@@ -50,7 +50,7 @@ from algorithms.routing import (
     route_temperature,
     unpack_path,
 )
-from algorithms.sac import SAC, Extras, Phase, SACConfig
+from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig
 from suites.base import SuiteSpec
 
 
@@ -111,6 +111,7 @@ class D2R(SAC):
         "no_resrouting": {"resrouting": False},
         "no_state_routing": {"state_routing": False},
         "modules{modules}": {},
+        "ars": ARS,
     }  # fmt: skip
 
     actor: RoutedNetwork
@@ -174,8 +175,13 @@ class D2R(SAC):
         """d_old of the batch's transitions, (1, T, B, M, M) bool."""
         return unpack_path(extras["route"], self.config.modules)[None]
 
-    def after_update(self) -> None:
+    def after_update(self, kept: Tensor) -> None:
         """Refresh the route temperatures from the new, capped alpha (Eq. 14)."""
+        self._balance_routes()
+
+    def reset(self) -> None:
+        """As SAC, and the route temperatures with alpha."""
+        super().reset()
         self._balance_routes()
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from algorithms.agent import Action, AgentConfig, Batch, Finding, History, Plan
+from algorithms.agent import AgentConfig, Batch, Finding, History, Plan
 from algorithms.genetic import (
     Align,
     Community,
@@ -73,7 +73,7 @@ from algorithms.genetic import (
 )
 from algorithms.nn import Init, LayerNorm, Linear, TaskLinear, draw, initialise, mlp
 from algorithms.routing import RoutedNetwork, route_temperature
-from algorithms.sac import SAC, Extras, Phase, SACConfig, listed
+from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig, listed
 from suites.base import Episode, SuiteSpec, stream
 
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -274,6 +274,7 @@ class MEGA(SAC):
         "critic_genotype": {"critic": "genotype"},
         "hybrid": {"relax": True},
         "authors": {"time_limit": "terminal", "warmup_steps": 4000},
+        "ars": ARS,
     }
 
     actor: GenotypeNetwork
@@ -298,8 +299,6 @@ class MEGA(SAC):
         )  # fmt: skip
         self.decoder = Decoder(self.community, config.weights, config.offset, self.device)
         self.relaxation = Relaxation(self.decoder, config.relax_lr) if config.relax else None
-        self.steps = 0
-        """Training steps of each task so far."""
         self.stage_events: list[list[int]] = []
         """Rows (step, task, old stage, new stage, index into CAUSES)."""
         self.warming: set[tuple[int, int]] = set()
@@ -360,7 +359,7 @@ class MEGA(SAC):
         q: Tensor = critic(torch.cat([obs, action], -1)[None], route, self.noise)[0]
         return q
 
-    def after_update(self) -> None:
+    def after_update(self, kept: Tensor) -> None:
         """Refresh the critics' route temperatures."""
         self._balance_routes()
 
@@ -373,15 +372,9 @@ class MEGA(SAC):
 
     # --------------------------------------------------------------------- which genotype is used
 
-    def act(self, obs: np.ndarray, explore: bool) -> Action:
-        """As SAC; exploring with each environment's genotype, greedy with each task's best."""
-        action = super().act(obs, explore)
-        if explore:
-            self.steps += obs.shape[1]
-        return action
-
     def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
-        """Gaussian parameters (T, B, 2A) under the phase's genotypes."""
+        """Gaussian parameters (T, B, 2A): exploring under each environment's genotype, greedy under
+        each task's best, learning under those drawn for the update."""
         stored: Extras = {}
         if phase == "explore":
             wiring = self._flying(obs.shape[1])
@@ -408,6 +401,13 @@ class MEGA(SAC):
         same = self.config.target_genotype == "same"
         self._drawn = {"policy": drawn, "target": drawn if same else self._best()}
         return super().update(batch)
+
+    def reset(self) -> None:
+        """As SAC; stages and genotypes stay, what is known of their returns does not."""
+        super().reset()
+        self._balance_routes()
+        self.community.clear_fitness()
+        self._forget()
 
     def step(self, loss: Tensor) -> None:
         """As SAC; relaxed decimals learn from the same backward pass."""
@@ -555,7 +555,6 @@ class MEGA(SAC):
             "evolution": evolution,
             "stage_events": self.stage_events,
             "warming": sorted(self.warming),
-            "steps": self.steps,
             "modules": len(self.actor.stack),
         }
         return super().state_dict() | {"genetic": json.dumps(genetic), "relaxed": relaxed}
@@ -575,7 +574,6 @@ class MEGA(SAC):
             self.evolution.load_state_dict(genetic["evolution"])
         self.stage_events = genetic["stage_events"]
         self.warming = {(task, env) for task, env in genetic["warming"]}
-        self.steps = genetic["steps"]
         self.decoder.clear()
         if self.relaxation is not None:
             self.relaxation.load_state_dict(state["relaxed"])

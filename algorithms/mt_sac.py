@@ -11,13 +11,13 @@ Departures: none.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from algorithms.nn import mlp
-from algorithms.sac import SAC, SACConfig
+from algorithms.sac import ARS, SAC, SACConfig
 
 
 class MTSACConfig(SACConfig):
@@ -35,6 +35,11 @@ class MTSAC(SAC):
     Config = MTSACConfig
     config: MTSACConfig
     PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 2)"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "ars": ARS,
+        "no_balance": {"loss_weight": "none"},  # as Soft Modularization compares it (Sec. 5.7)
+        "layers{depth}": {},
+    }
 
     def make_actor(self) -> nn.Module:
         """[s, onehot] -> mean and log std of the action."""

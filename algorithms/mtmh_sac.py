@@ -11,13 +11,13 @@ Departures: none.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from algorithms.nn import TaskLinear, mlp
-from algorithms.sac import SAC, SACConfig
+from algorithms.sac import ARS, SAC, SACConfig
 
 
 class MTMHSACConfig(SACConfig):
@@ -35,6 +35,13 @@ class MTMHSAC(SAC):
     Config = MTMHSACConfig
     config: MTMHSACConfig
     PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 3)"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "ars": ARS,
+        "no_balance": {"loss_weight": "none"},  # as Soft Modularization compares it (Sec. 5.7)
+        "layers{depth}": {},
+        "wide4": {"depth": 4, "width": 600},  # Soft Modularization Table 2
+        "wide5": {"depth": 5, "width": 600},
+    }
 
     def make_actor(self) -> nn.Module:
         """[s, onehot] -> trunk -> the task's head."""

@@ -80,17 +80,65 @@ class TaskLinear(nn.Module):
         draw([self.weight], self.bias, inputs, tasks * outputs, self.last, scheme, generator)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, with a scale and a shift for each copy."""
+class ModuleLinear(nn.Module):
+    """M linear layers side by side: y_m = x_m W_m + b_m (+ u_{m,task}, as in `Linear`)."""
 
-    def __init__(self, width: int, *, copies: int = 1) -> None:
+    def __init__(
+        self,
+        modules: int,
+        inputs: int,
+        outputs: int,
+        *,
+        copies: int = 1,
+        one_hot: int = 0,
+        last: bool = False,
+    ) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(copies, 1, 1, width))
-        self.shift = nn.Parameter(torch.zeros(copies, 1, 1, width))
+        self.last = last
+        self.weight = nn.Parameter(torch.empty(copies, modules, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, modules, 1, outputs))
+        self.task_bias = (
+            nn.Parameter(torch.empty(copies, modules, one_hot, 1, outputs)) if one_hot else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(C, T, B, width) -> the same shape."""
-        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:]), self.scale)
+        """(C or 1, M or 1, ..., inputs) -> (C, M, ..., outputs); with a one-hot, ... is T, B."""
+        copies, modules, _, outputs = self.weight.shape
+        rows = x.flatten(2, -2).expand(copies, modules, -1, -1).flatten(0, 1)  # (C M, R, inputs)
+        y = torch.baddbmm(self.bias.flatten(0, 1), rows, self.weight.flatten(0, 1))
+        y = y.view(copies, modules, *x.shape[2:-1], outputs)
+        return y if self.task_bias is None else y + self.task_bias
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw each module's parameters as those of a layer of its own."""
+        _, _, inputs, outputs = self.weight.shape
+        fan_in = inputs + (0 if self.task_bias is None else self.task_bias.shape[2])
+        columns = [self.weight] if self.task_bias is None else [self.weight, self.task_bias]
+        draw(columns, self.bias, fan_in, outputs, self.last, scheme, generator)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, with a scale and a shift for each copy.
+
+    ``modules``: and for each of so many modules side by side, the axis after the copies.
+    """
+
+    def __init__(self, width: int, *, copies: int = 1, modules: int = 1) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(copies, modules, 1, width))
+        self.shift = nn.Parameter(torch.zeros(copies, modules, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C, modules, ..., width), or (C, T, B, width) for one module: the same shape."""
+        shape = (*self.scale.shape[:2], *(1 for _ in x.shape[3:]), x.shape[-1])
+        scale, shift = self.scale.view(shape), self.shift.view(shape)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Start as the plain normalisation."""
+        with torch.no_grad():
+            self.scale.fill_(1)
+            self.shift.fill_(0)
 
 
 def mlp(
@@ -101,17 +149,27 @@ def mlp(
     copies: int = 1,
     one_hot: int = 0,
     layer_norm: bool = False,
+    modules: int | None = None,
 ) -> nn.Sequential:
-    """Linear (-> LayerNorm) -> ReLU for each hidden width, then a linear output unless None."""
+    """Linear (-> LayerNorm) -> ReLU for each hidden width, then a linear output unless None.
+
+    ``modules``: so many such networks side by side (`ModuleLinear`).
+    """
+
+    def linear(outputs: int, last: bool) -> nn.Module:
+        if modules is None:
+            return Linear(inputs, outputs, copies=copies, one_hot=one_hot, last=last)
+        return ModuleLinear(modules, inputs, outputs, copies=copies, one_hot=one_hot, last=last)
+
     layers: list[nn.Module] = []
     for width in hidden:
-        layers.append(Linear(inputs, width, copies=copies, one_hot=one_hot))
+        layers.append(linear(width, last=False))
         if layer_norm:
-            layers.append(LayerNorm(width, copies=copies))
+            layers.append(LayerNorm(width, copies=copies, modules=modules or 1))
         layers.append(nn.ReLU())
         inputs, one_hot = width, 0
     if outputs is not None:
-        layers.append(Linear(inputs, outputs, copies=copies, one_hot=one_hot, last=True))
+        layers.append(linear(outputs, last=True))
     return nn.Sequential(*layers)
 
 

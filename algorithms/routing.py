@@ -341,6 +341,10 @@ class ModuleStack(nn.Module):
         """Draw the parameters as those of linear layers, one per module."""
         width = self.weight.shape[-1]
         draw([self.weight], self.bias, width, width, False, scheme, generator)
+        if self.scale is not None and self.shift is not None:
+            with torch.no_grad():
+                self.scale.fill_(1)
+                self.shift.fill_(0)
 
 
 class _Stack(torch.autograd.Function):

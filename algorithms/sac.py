@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -72,14 +72,30 @@ class SACConfig(AgentConfig):
     reward_balance: Annotated[float, Field(ge=1)] | None = None
     """Cap of the per-task factor (largest task's mean reward / this task's mean reward) on rewards,
     after Cho et al. 2025 (ARS); none: no balancing (the papers)."""
-    reward_balance_every: Annotated[int, Field(ge=1)] = 2000
-    """Updates between renewals of the reward balance."""
+    reward_balance_every: Annotated[int, Field(ge=1)] | None = 2000
+    """Updates between renewals of the reward balance; none: at the first and after each reset."""
+    resets: Annotated[int, Field(ge=0)] = 0
+    """How often, evenly over the run, networks, temperatures and optimisers start anew while the
+    replay stays (Cho et al. 2025, ARS: 4 on MT10, 6 on MT50)."""
+
+
+ARS: dict[str, Any] = {
+    "critic_layer_norm": True,
+    "reward_balance": 250.0,
+    "reward_balance_every": None,
+    "resets": 4,
+}
+"""The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
+any algorithm here. The paper floors a task's mean reward at 0.01 where we cap its factor: the
+largest mean of Meta-World's tasks under a random policy is 2.5."""
 
 
 class SAC(Agent):
     """The shared update; an algorithm fills in its networks and, where needed, the seams."""
 
     config: SACConfig
+    INDEPENDENT_AXES: ClassVar[int] = 1
+    """Leading axes of a parameter whose slices are networks of their own, clipped each alone."""
 
     def __init__(
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
@@ -95,6 +111,11 @@ class SAC(Agent):
         self.log_alpha = torch.zeros(tasks, 1, 1, device=self.device, requires_grad=True)
         self.balance = torch.ones(tasks, 1, 1, device=self.device)
         self.updates = 0
+        self.steps = 0
+        """Training steps of each task so far."""
+        self.resets = 0
+        self.fresh = True
+        """Whether this update is the first of new networks."""
         self.entropy_target = (
             -float(suite.action_dim) if self.config.target_entropy is None
             else self.config.target_entropy
@@ -135,8 +156,8 @@ class SAC(Agent):
         output: Tensor = critic(torch.cat([obs, action], -1)[None])
         return output
 
-    def after_update(self) -> None:
-        """Called at the end of each update."""
+    def after_update(self, kept: Tensor) -> None:
+        """Called at the end of each update; ``kept`` (T,) is 0 for tasks that the mask left out."""
 
     # --------------------------------------------------------------------------------- acting
 
@@ -145,6 +166,7 @@ class SAC(Agent):
         """A sample of the policy, or tanh of its mean."""
         tensor = torch.from_numpy(obs).to(self.device)
         params, extras = self.policy(tensor, "explore" if explore else "exploit", {})
+        self.steps += explore * obs.shape[1]
         mean, std = split_gaussian(params)
         action = torch.tanh(mean + std * self.normal(mean.shape)) if explore else torch.tanh(mean)
         return Action(action.cpu().numpy(), {k: v.cpu().numpy() for k, v in extras.items()})
@@ -157,6 +179,9 @@ class SAC(Agent):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step on all networks and temperatures; metrics (T,)."""
+        due = self.steps * (self.config.resets + 1) // self.plan.steps_per_task
+        if self.resets < min(due, self.config.resets):
+            self.reset()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
         target = self.target(batch, alpha)  # (T, B, 1)
 
@@ -180,14 +205,15 @@ class SAC(Agent):
             fast: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(slow, fast, self.config.tau)
         self.updates += 1
-        self.after_update()
+        self.fresh = False
+        self.after_update(kept)
         return {
             "critic_loss": critic_loss.detach(),
             "actor_loss": actor_loss.detach(),
             "alpha": alpha[:, 0, 0],
             "entropy": -log_prob.detach().mean((1, 2)),
             "q": q.detach().mean((0, 2, 3)),
-            "masked": 1 - kept,
+            "masked": (kept == 0).to(kept.dtype),
         }
 
     @torch.no_grad()
@@ -206,7 +232,8 @@ class SAC(Agent):
         cap = self.config.reward_balance
         if cap is None:
             return batch.reward
-        if self.updates % self.config.reward_balance_every == 0:
+        every = self.config.reward_balance_every
+        if self.fresh or (every is not None and self.updates % every == 0):
             largest = batch.mean_reward.amax()
             ratio = largest / batch.mean_reward.clamp_min(1e-8)
             self.balance = torch.where(largest > 0, ratio.clamp(1, cap), torch.ones_like(ratio))
@@ -236,13 +263,25 @@ class SAC(Agent):
             optimizer.zero_grad()
         torch.autograd.backward(loss)
         if self.config.grad_clip is not None:
-            clip_per_copy(self.actor.parameters(), self.config.grad_clip)
-            clip_per_copy(self.critic.parameters(), self.config.grad_clip)
+            for network in (self.actor, self.critic):
+                clip_slices(network.parameters(), self.config.grad_clip, self.INDEPENDENT_AXES)
         for optimizer in optimizers:
             optimizer.step()
         if self.config.alpha_max is not None:
             with torch.no_grad():
                 self.log_alpha.clamp_(max=float(np.log(self.config.alpha_max)))
+
+    def reset(self) -> None:
+        """Start networks, temperatures and optimisers anew (ARS); all else stays."""
+        for network in (self.actor, self.critic):
+            initialise(network, self.config.init, self.init_generator)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        with torch.no_grad():
+            self.log_alpha.zero_()
+        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
+            optimizer.state.clear()
+        self.resets += 1
+        self.fresh = True
 
     # -------------------------------------------------------------------------------- the rest
 
@@ -301,6 +340,9 @@ class SAC(Agent):
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "balance": self.balance,
             "updates": self.updates,
+            "steps": self.steps,
+            "resets": self.resets,
+            "fresh": self.fresh,
             "noise": self.noise.get_state(),
             "init_generator": self.init_generator.get_state(),
         }
@@ -316,7 +358,8 @@ class SAC(Agent):
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.balance = state["balance"].to(self.device)
-        self.updates = state["updates"]
+        self.updates, self.steps = state["updates"], state["steps"]
+        self.resets, self.fresh = state["resets"], state["fresh"]
         self.noise.set_state(state["noise"].cpu())
         self.init_generator.set_state(state["init_generator"].cpu())
 
@@ -341,11 +384,15 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def clip_per_copy(parameters: Iterable[Tensor], limit: float) -> None:
-    """Scale the gradient of each copy (leading axis) to an L2 norm of at most ``limit``."""
+def clip_slices(parameters: Iterable[Tensor], limit: float, axes: int = 1) -> None:
+    """Scale the gradient of each slice to an L2 norm of at most ``limit``.
+
+    The slices are those of the first ``axes`` axes, which all parameters have in common: the
+    copies, or the copies and tasks.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
-    norm = torch.linalg.vector_norm(norms, dim=0)  # (C,)
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(axes), dim=axes) for g in gradients])
+    norm = torch.linalg.vector_norm(norms, dim=0)  # (C,) or (C, T)
     scale = (limit / (norm + 1e-6)).clamp(max=1)
     for gradient in gradients:
-        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        gradient.mul_(scale.view(*scale.shape, *[1] * (gradient.dim() - axes)))

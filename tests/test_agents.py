@@ -211,6 +211,44 @@ def test_saved_and_loaded_it_continues_as_if_never_stopped(
     same(other.state_dict(), agent.state_dict())
 
 
+def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spec: ToySpec) -> None:
+    """Two resets over 250 steps: due from steps 84 and 167 on."""
+    spec = toy_spec(algorithm, resets=2, critic_layer_norm=True)
+    assert spec.protocol.steps_per_task == 250
+    agent = make_agent(spec)
+    batches = [make_batch(agent, 8, seed) for seed in range(4)]
+    agent.steps = 83
+    agent.update(batches[0])
+    assert agent.resets == 0
+    used = copy.deepcopy(agent.state_dict())
+    agent.steps = 84
+    agent.log_alpha.data -= 3
+    agent.update(batches[1])
+    assert agent.resets == 1
+    for network in ("actor", "critic"):
+        same_as_before = [
+            torch.equal(parameter, used[network][name])
+            for name, parameter in getattr(agent, network).named_parameters()
+            if parameter.requires_grad
+        ]
+        assert not any(same_as_before)
+    assert agent.log_alpha.abs().max() < 0.1
+    steps = {int(s["step"]) for s in agent.actor_optimizer.state_dict()["state"].values()}
+    assert steps == {1}
+
+    other = make_agent(spec, seed=77)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    for each in (agent, other):
+        each.update(batches[2])
+        assert each.resets == 1
+        each.steps = 249
+        each.update(batches[3])
+        assert each.resets == 2
+        each.update(batches[0])
+        assert each.resets == 2
+    same(agent.state_dict(), other.state_dict())
+
+
 def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> None:
     agent = make_agent(toy_spec(algorithm))
     before = copy.deepcopy(agent.state_dict())
@@ -316,21 +354,23 @@ PUBLISHED = {
     ("mtmh_sac", 50): (838_000, 699_250),
     ("d2r", 10): (684_250, 684_947),
     ("d2r", 50): (700_290, 700_987),
+    ("soft_module", 10): (792_444, 793_141),
+    ("soft_module", 50): (808_444, 809_141),
+    ("soft_module@shallow", 10): (691_022, 690_823),
+    ("soft_module@shallow", 50): (707_022, 706_823),
+    ("paco", 10): (1_700_090, 1_694_055),
+    ("paco", 50): (1_700_290, 1_694_255),
     ("mega", 10): (488_392, 684_947),
     ("mega", 50): (488_392, 700_987),
 }
 """Actor and one critic, at the papers' sizes: D2R Table 8, MEGA at stage 3."""
 
 
-@pytest.mark.parametrize("tasks", [10, 50])
-def test_parameter_counts_are_the_published_ones(algorithm: str, tasks: int) -> None:
-    if (algorithm, tasks) not in PUBLISHED:
-        pytest.skip("nothing is published for a third party's algorithm")
-    overrides = {"start_stage": 3} if algorithm == "mega" else {}
-    spec = RunSpec.resolve(
-        algorithm, f"mt{tasks}_rand", 0, preset_name="paper", overrides=overrides
-    )
+@pytest.mark.parametrize(("label", "tasks"), list(PUBLISHED))
+def test_parameter_counts_are_the_published_ones(label: str, tasks: int) -> None:
+    overrides = {"start_stage": 3} if label == "mega" else {}
+    spec = RunSpec.resolve(label, f"mt{tasks}_rand", 0, preset_name="paper", overrides=overrides)
     agent = make_agent(spec)
     counts = agent.parameter_counts()
-    assert (counts["actor"], counts["critic"]) == PUBLISHED[algorithm, tasks]
+    assert (counts["actor"], counts["critic"]) == PUBLISHED[label, tasks]
     assert suites.load(f"mt{tasks}_rand").spec.num_tasks == tasks

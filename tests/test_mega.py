@@ -450,6 +450,21 @@ def test_relaxed_weights_with_several_environments_and_stages() -> None:
             torch.testing.assert_close(both[:, env : env + 1], expected)
 
 
+def test_a_reset_keeps_stages_and_genotypes_and_forgets_returns() -> None:
+    agent = make(resets=1, replace="at_once", window=6, relax=True, critic="genotype")
+    stall(agent, 1)
+    end_episode(agent, 0, 5.0)
+    genotypes = [{g.id for g in agent.community.population(task)} for task in range(3)]
+    agent.steps = agent.plan.steps_per_task // 2 + 1
+    agent.update(batch(agent))
+    assert agent.resets == 1
+    assert agent.community.stage.tolist() == [3, 4, 3]
+    assert len(agent.actor.stack) == 4
+    for task in range(3):
+        assert {g.id for g in agent.community.population(task)} == genotypes[task]
+        assert all(np.isnan(g.fitness) for g in agent.community.population(task))
+
+
 def test_growth_preserve_keeps_the_policy() -> None:
     """No weight of the head changes by more than HalfSoftmax gives a zero beside the old head."""
     agent = make(1, growth="preserve", replace="at_once", window=6, init="torch")

@@ -18,7 +18,7 @@ from torch.distributions.transforms import TanhTransform
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
 from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
-from algorithms.sac import clip_per_copy, frozen
+from algorithms.sac import clip_slices, frozen
 from suites.base import SuiteSpec
 
 T, B, O, A = 3, 6, 5, 2  # noqa: E741
@@ -338,7 +338,7 @@ def test_clipping_is_per_copy_and_equals_torchs() -> None:
             assert p.grad is not None
             q.grad = p.grad[k].clone()
         torch.nn.utils.clip_grad_norm_(apart[k], 1.0)
-    clip_per_copy(stacked, 1.0)
+    clip_slices(stacked, 1.0)
     for k in range(2):
         for p, q in zip(stacked, apart[k], strict=True):
             assert p.grad is not None

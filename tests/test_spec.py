@@ -171,7 +171,7 @@ def test_a_specification_survives_its_file(gamma: float, steps: int, cap: float 
         (lambda: resolve("mt_sax"), ["algorithm 'mt_sax'", "mtmh_sac, ", "did you mean 'mt_sac'"]),
         (lambda: resolve(""), ["algorithm ''"]),
         (lambda: resolve("d2r@top2"), ["variant 'd2r@top2'", "d2r@top1", "did you mean"]),
-        (lambda: resolve("mt_sac@x"), ["mt_sac@x", "no variants"]),
+        (lambda: resolve("sac@x"), ["sac@x", "no variants"]),
         (lambda: resolve("d2r@modules"), ["variant", "modules{modules}"]),
         (lambda: resolve("d2r@modules1"), ["modules=1", "greater than or equal to 2"]),
         (lambda: resolve("d2r@modules" + "9" * 5000), ["unknown variant"]),

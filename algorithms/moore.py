@@ -1,0 +1,141 @@
+"""MOORE: a mixture of orthogonal experts, with an output head per task.
+
+Hendawy et al. 2024, "Multi-Task Reinforcement Learning with Mixture of Orthogonal Experts".
+
+Symbols: k experts h_1 .. h_k, three layers of 400 each; w_tau (k) the weights of task tau.
+
+    V(s) = GramSchmidt(h_1(s), .., h_k(s))                        orthonormal rows      (Sec. 4)
+    v_tau(s) = tanh(sum_i w_{tau,i} V_i(s));   output = head_tau(v_tau)
+
+Orthonormality holds sample by sample, so the experts span what the tasks may use of a state. No
+one-hot task id is fed in: the task chooses weights and head.
+
+**Departures**
+ 1. Initialisation is the shared core's, not the authors' Xavier; w is drawn as a bias-free linear
+    layer on a one-hot id.
+ 2. ``eps`` keeps the normalisation finite where two experts agree (the authors' code has none).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from algorithms.agent import Plan
+from algorithms.nn import Init, ModuleLinear, TaskLinear, draw, mlp
+from algorithms.sac import SAC, SACConfig
+from suites.base import SuiteSpec
+
+
+class MOOREConfig(SACConfig):
+    """Settings of MOORE."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """Units of each of an expert's layers (MOORE App. A)."""
+    depth: Annotated[int, Field(ge=1)] = 3
+    """Layers of an expert, the last one linear (the same)."""
+    experts: Annotated[int, Field(ge=1)] | None = None
+    """k; none: 4 up to ten tasks, 6 above (MOORE Sec. 5)."""
+    orthogonal: bool = True
+    """Whether experts are made orthonormal; otherwise a plain mixture (MOORE Sec. 5.4)."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the norms in Gram-Schmidt (Departure 2)."""
+
+    def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
+        """With the number of experts decided."""
+        experts = self.experts or (4 if suite.num_tasks <= 10 else 6)
+        return type(self)(**self.model_dump() | {"experts": experts})
+
+
+class MOORE(SAC):
+    """Mixture of orthogonal experts on multi-task SAC."""
+
+    Config = MOOREConfig
+    config: MOOREConfig
+    PAPER: ClassVar[str] = "Hendawy et al. 2024, MOORE: mixture of orthogonal experts"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "experts{experts}": {},
+        "not_orthogonal": {"orthogonal": False},
+    }
+
+    actor: OrthogonalMixture
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action."""
+        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a] -> Q, twice."""
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
+
+    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+        config = self.config.for_run(self.suite, self.plan)
+        assert config.experts is not None
+        return OrthogonalMixture(
+            inputs, config.width, config.depth, outputs, self.suite.num_tasks, config.experts,
+            copies=copies, orthogonal=config.orthogonal, eps=config.eps, layer_norm=layer_norm,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, np.ndarray]:
+        """``expert_weights`` (T, k), the actor's w."""
+        return {"expert_weights": self.actor.task_weights[0].cpu().numpy().copy()}
+
+
+class OrthogonalMixture(nn.Module):
+    """Experts, Gram-Schmidt, mixture and heads, in C independent copies."""
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        outputs: int,
+        tasks: int,
+        experts: int,
+        *,
+        copies: int = 1,
+        orthogonal: bool = True,
+        eps: float = 1e-8,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.orthogonal, self.eps = orthogonal, eps
+        trunk = [width] * (depth - 1)
+        self.experts = mlp(
+            inputs, trunk, None, copies=copies, modules=experts, layer_norm=layer_norm
+        )
+        self.experts.append(ModuleLinear(experts, width if trunk else inputs, width, copies=copies))
+        self.task_weights = nn.Parameter(torch.empty(copies, tasks, experts))
+        self.head = TaskLinear(tasks, width, outputs, copies=copies, last=True)
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw w (Departure 1); the layers draw their own parameters."""
+        _, tasks, experts = self.task_weights.shape
+        nothing = torch.empty(0)
+        draw([self.task_weights], nothing, tasks, experts, False, scheme, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        h = self.experts(x[:, None])  # (C, k, T, B, W)
+        v = gram_schmidt(h, self.eps) if self.orthogonal else h
+        mixed = torch.einsum("ctk,cktbw->ctbw", self.task_weights, v).tanh()
+        output: Tensor = self.head(mixed)
+        return output
+
+
+def gram_schmidt(vectors: Tensor, eps: float) -> Tensor:
+    """Orthonormal vectors (C, k, T, B, W) that span what the k given ones do, sample by sample."""
+    found: list[Tensor] = []
+    for h in vectors.unbind(1):
+        if found:
+            before = torch.stack(found, 1)  # (C, i, T, B, W)
+            shadow = (before * h[:, None]).sum(-1, keepdim=True)  # <V_j, h>
+            h = h - (shadow * before).sum(1)
+        found.append(h / (h.norm(dim=-1, keepdim=True) + eps))
+    return torch.stack(found, 1)

@@ -1,0 +1,169 @@
+"""PaCo: every task's network is a combination of K shared sets of parameters.
+
+Sun et al. 2022, "PaCo: Parameter-Compositional Multi-Task Reinforcement Learning"; sizes of D2R
+Table 6 (five sets of three layers of 400).
+
+Symbols: Phi the K parameter sets, w_tau (K) the compositional vector of task tau.
+
+    theta_tau = Phi w_tau,   for every layer's weight and bias                          (Sec. 3)
+    pi(a|s) = network(s; theta_tau);   Q(s, a) = network([s, a]; theta_tau)
+
+No one-hot task id is fed in; the task enters through w alone. A task whose loss explodes is left
+out of the step (the shared core's mask), and its w becomes a random convex combination of the
+other tasks' (Sec. 3.4).
+
+Each task's parameters are composed first, so a forward pass is one batched product per layer.
+
+**Departures**
+ 1. As in the authors' code, the K sets start alike and w breaks the symmetry; w is drawn as a
+    linear layer's weight, U(+-1/sqrt(T)), plus 1/K, so that networks start near the common set.
+ 2. The critics' w are reset with the actor's, each by the same convex combination.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from algorithms.nn import Init, LayerNorm, draw
+from algorithms.sac import SAC, SACConfig
+
+
+class PaCoConfig(SACConfig):
+    """Settings of PaCo."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """Units of each hidden layer (D2R Table 6)."""
+    depth: Annotated[int, Field(ge=1)] = 3
+    """Hidden layers (D2R Table 6)."""
+    sets: Annotated[int, Field(ge=1)] = 5
+    """K, parameter sets (D2R Table 6)."""
+    reset_extreme: bool = True
+    """Whether a task of extreme loss gets a new w (PaCo Sec. 3.4)."""
+
+
+class PaCo(SAC):
+    """Parameter-compositional multi-task SAC."""
+
+    Config = PaCoConfig
+    config: PaCoConfig
+    PAPER: ClassVar[str] = "Sun et al. 2022, PaCo (sizes: D2R Table 6)"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "sets{sets}": {},
+        "no_reset": {"reset_extreme": False},
+    }
+
+    actor: ComposedNetwork
+    critic: ComposedNetwork
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action."""
+        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a] -> Q, twice."""
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
+
+    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+        config = self.config
+        return ComposedNetwork(
+            inputs, [config.width] * config.depth, outputs, self.suite.num_tasks, config.sets,
+            copies=copies, layer_norm=layer_norm,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def after_update(self, kept: Tensor) -> None:
+        """Give tasks of extreme loss another w: a random convex combination of the others'."""
+        if not self.config.reset_extreme or self.config.extreme_loss is None:
+            return
+        draws = torch.rand(len(kept), len(kept), generator=self.noise, device=self.device)
+        share = draws * kept  # (T, T), task by source; nothing from tasks that are extreme too
+        share = share / share.sum(1, keepdim=True).clamp_min(1e-8)
+        renewed = ((1 - kept) * kept.amax())[:, None]  # (T, 1); all extreme: nobody to take from
+        for network in (self.actor, self.critic):
+            w = network.composition
+            w.copy_(torch.where(renewed > 0, share @ w, w))
+
+    @torch.no_grad()
+    def probe(self) -> dict[str, np.ndarray]:
+        """``composition`` (T, K), the actor's w."""
+        return {"composition": self.actor.composition[0].cpu().numpy().copy()}
+
+
+class ComposedNetwork(nn.Module):
+    """An MLP whose parameters are composed for each task, in C independent copies."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: list[int],
+        outputs: int,
+        tasks: int,
+        sets: int,
+        *,
+        copies: int = 1,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.composition = nn.Parameter(torch.empty(copies, tasks, sets))
+        sizes = [inputs, *hidden, outputs]
+        self.layers = nn.ModuleList(
+            ComposedLinear(i, o, sets, copies=copies, last=n == len(hidden))
+            for n, (i, o) in enumerate(pairwise(sizes))
+        )
+        self.norms = nn.ModuleList(
+            LayerNorm(width, copies=copies) if layer_norm else nn.Identity() for width in hidden
+        )
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw w (Departure 1); the layers draw their own parameters."""
+        _, tasks, sets = self.composition.shape
+        bound = 1 / math.sqrt(tasks)
+        with torch.no_grad():
+            self.composition.uniform_(-bound, bound, generator=generator).add_(1 / sets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        x = x.expand(len(self.composition), *x.shape[1:])
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = norm(layer(x, self.composition)).relu()
+        output: Tensor = self.layers[-1](x, self.composition)
+        return output
+
+
+class ComposedLinear(nn.Module):
+    """y = x (sum_k w_k W_k) + sum_k w_k b_k."""
+
+    def __init__(self, inputs: int, outputs: int, sets: int, *, copies: int, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.weight = nn.Parameter(torch.empty(copies, sets, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, sets, 1, outputs))
+
+    def forward(self, x: Tensor, composition: Tensor) -> Tensor:
+        """(C, T, B, inputs) and w (C, T, K) -> (C, T, B, outputs)."""
+        copies, tasks, rows, inputs = x.shape
+        weight = torch.bmm(composition, self.weight.flatten(2))  # (C, T, inputs * outputs)
+        bias = torch.bmm(composition, self.bias.flatten(2))  # (C, T, outputs)
+        y = torch.baddbmm(
+            bias.view(copies * tasks, 1, -1),
+            x.reshape(copies * tasks, rows, inputs),
+            weight.view(copies * tasks, inputs, -1),
+        )
+        return y.view(copies, tasks, rows, -1)
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw one set, and start all alike (Departure 1)."""
+        _, _, inputs, outputs = self.weight.shape
+        weight, bias = self.weight[:, :1].detach().clone(), self.bias[:, :1].detach().clone()
+        draw([weight], bias, inputs, outputs, self.last, scheme, generator)
+        with torch.no_grad():
+            self.weight.copy_(weight.expand_as(self.weight))
+            self.bias.copy_(bias.expand_as(self.bias))

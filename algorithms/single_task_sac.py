@@ -1,0 +1,61 @@
+"""Single-task SAC: an agent of its own for every task, all of them computed as one.
+
+Haarnoja et al. 2018, as compared in Soft Modularization Sec. 5.6. Each task has its own actor, twin
+critics and temperature and learns from its own transitions alone, so a run on T tasks is T runs of
+SAC; they share nothing but the products in which they are computed.
+
+    pi_t, Q_t : [s, (a)] -> 400 -> 400 -> 400 -> output, for every task t
+
+**Departures**: none. What couples tasks in the shared core is off: losses are summed, not weighted;
+no task is masked; gradients are clipped agent by agent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from algorithms.nn import mlp
+from algorithms.sac import SAC, SACConfig
+
+
+class SingleTaskSACConfig(SACConfig):
+    """Settings of single-task SAC."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """Units of each hidden layer (Soft Modularization Sec. 5.2)."""
+    depth: Annotated[int, Field(ge=1)] = 3
+    """Hidden layers (the same)."""
+
+
+class SingleTaskSAC(SAC):
+    """T independent SAC agents in one."""
+
+    Config = SingleTaskSACConfig
+    config: SingleTaskSACConfig
+    PAPER: ClassVar[str] = "Haarnoja et al. 2018, SAC; one agent per task"
+
+    INDEPENDENT_AXES = 2  # clipping: a norm for each copy and task
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action, a network per task."""
+        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a] -> Q, twice, a network per task."""
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
+
+    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+        hidden = [self.config.width] * self.config.depth
+        return mlp(
+            inputs, hidden, outputs,
+            copies=copies, modules=self.suite.num_tasks, layer_norm=layer_norm,
+        )  # fmt: skip
+
+    def task_weights(self, total_loss: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """T for each task, which makes the mean over tasks a sum."""
+        every = total_loss.detach() * 0 + len(total_loss)
+        return every, every

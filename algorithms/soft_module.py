@@ -1,0 +1,214 @@
+"""Soft Modularization: layers of modules, wired softly by a routing network.
+
+Yang et al. 2020, "Multi-Task Reinforcement Learning with Soft Modularization", Sec. 4; sizes of
+D2R Table 5 (deep: 4 layers of 4 modules of 128; `shallow`: 2 of 2 of 256).
+
+Symbols: L layers of n modules of width d; f the state's encoding, h the task's, both of width D
+and before their ReLU; P^l (n x n) the weights with which layer l + 1 reads layer l, destination
+by source; q (n) those of the output.
+
+    g   = G(ReLU(f * h)),  G two linear layers                        routing features      (code)
+    P^1 = softmax(W_1 ReLU(g))                                        rows sum to 1    (Eq. 6, 7)
+    P^l = softmax(W_l ReLU(g * U_l [P^1 .. P^{l-1}]))                                  (Eq. 5, 7)
+    q   = softmax(W_L ReLU(g * U_L [P^1 .. P^{L-1}]))                                       (code)
+    o^1_j = V^1_j ReLU(f);   o^{l+1}_i = V^{l+1}_i ReLU(sum_j P^l_ij o^l_j)                 (Eq. 8)
+    output = V ReLU(sum_j q_j o^L_j)                                                        (Eq. 9)
+
+The one-hot task id enters h alone. Actor and critics have a routing network each.
+
+**Departures**: the authors' code is the default; ``reading=paper`` is the print, which differs in
+ 1. the routing features: f * h itself, not G of it;
+ 2. P^{l+1} from P^l alone, before its softmax (Eq. 5), not from all before it;
+ 3. the ReLU of a module's output, before the weighted sum (Eq. 8), not after it;
+ 4. the output, the sum of the last layer's modules (Eq. 9), without weights q and a common layer;
+ 5. the first modules' input, f, not ReLU(f).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from algorithms.nn import LayerNorm, Linear, ModuleLinear
+from algorithms.routing import TaskEncoder
+from algorithms.sac import SAC, SACConfig
+
+
+class SoftModuleConfig(SACConfig):
+    """Settings of Soft Module."""
+
+    width: Annotated[int, Field(ge=1)] = 400
+    """D: units of the state encoder's two layers and of the task's encoding (D2R Table 5)."""
+    layers: Annotated[int, Field(ge=2)] = 4
+    """L (Soft Modularization Sec. 5.2: deep)."""
+    modules: Annotated[int, Field(ge=1)] = 4
+    """n, modules in a layer (the same)."""
+    module_width: Annotated[int, Field(ge=1)] = 128
+    """d, outputs of a module (the same)."""
+    router_width: Annotated[int, Field(ge=1)] = 256
+    """Units of G's two layers (the code; D2R Table 5 prints four, its count needs two)."""
+    state_routing: bool = True
+    """Whether routing sees the state, or h alone (Soft Modularization Sec. 5.7)."""
+    reading: Literal["code", "paper"] = "code"
+    """The authors' code, or the paper's equations as printed (Departures 1 to 5)."""
+
+
+class SoftModule(SAC):
+    """Soft Modularization."""
+
+    Config = SoftModuleConfig
+    config: SoftModuleConfig
+    PAPER: ClassVar[str] = "Yang et al. 2020, Soft Modularization (sizes: D2R Table 5)"
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "shallow": {"layers": 2, "modules": 2, "module_width": 256},
+        "paper": {"reading": "paper", "loss_weight": "alpha", "alpha_max": None},
+        "no_balance": {"loss_weight": "none"},
+        "no_state_routing": {"state_routing": False},
+        "authors": {"warmup_steps": 4000, "alpha_lr": 3e-4, "alpha_max": None,
+                    "extreme_loss": None, "reward_scale": 1.0},
+    }  # fmt: skip
+
+    actor: SoftModuleNetwork
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action."""
+        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
+
+    def make_critic(self) -> nn.Module:
+        """[s, a] -> Q, twice."""
+        inputs = self.suite.obs_dim + self.suite.action_dim
+        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
+
+    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+        c = self.config
+        return SoftModuleNetwork(
+            inputs, outputs, self.suite.num_tasks,
+            copies=copies, width=c.width, layers=c.layers, modules=c.modules,
+            module_width=c.module_width, router_width=c.router_width,
+            state_routing=c.state_routing, reading=c.reading, layer_norm=layer_norm,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """``soft_routes`` (T, P, L - 1, n, n): P^1 .. P^{L-1}, destination by source."""
+        x = torch.from_numpy(obs).to(self.device)[None]
+        weights, _ = self.actor.route(self.actor.state_encoder(x))
+        return {"soft_routes": torch.stack([w[0] for w in weights], 2).cpu().numpy()}
+
+
+class SoftModuleNetwork(nn.Module):
+    """Base network and routing network (Fig. 2), in C independent copies."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        tasks: int,
+        *,
+        copies: int = 1,
+        width: int = 400,
+        layers: int = 4,
+        modules: int = 4,
+        module_width: int = 128,
+        router_width: int = 256,
+        state_routing: bool = True,
+        reading: Literal["code", "paper"] = "code",
+        layer_norm: bool = False,
+    ) -> None:
+        """``layer_norm``: one before each ReLU of state encoder and modules, not of the router."""
+        super().__init__()
+        self.modules_count, self.state_routing, self.reading = modules, state_routing, reading
+        code = reading == "code"
+
+        def norm(units: int) -> list[nn.Module]:
+            return [LayerNorm(units, copies=copies)] if layer_norm else []
+
+        self.state_encoder = nn.Sequential(
+            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
+            Linear(width, width, copies=copies), *norm(width),
+        )  # fmt: skip
+        self.task_encoder = TaskEncoder(tasks, width, copies=copies)
+
+        routing = router_width if code else width
+        self.features = nn.Sequential(
+            Linear(width, routing, copies=copies), nn.ReLU(),
+            Linear(routing, routing, copies=copies),
+        ) if code else nn.Identity()  # fmt: skip
+        square = modules**2
+        self.logits = nn.ModuleList(
+            Linear(routing, square, copies=copies, last=True) for _ in range(layers - 1)
+        )
+        self.conditions = nn.ModuleList(
+            Linear(square * (layer if code else 1), routing, copies=copies)
+            for layer in range(1, layers - 1)
+        )
+        self.stack = nn.ModuleList()
+        for layer in range(layers):
+            last = layer == layers - 1 and not code
+            self.stack.append(
+                ModuleLinear(
+                    modules, module_width if layer else width, outputs if last else module_width,
+                    copies=copies, last=last,
+                )
+            )  # fmt: skip
+        normed = [module_width] * (layers if code else layers - 1)
+        self.norms = nn.ModuleList(
+            LayerNorm(units, copies=copies, modules=1 if n == layers - 1 else modules)
+            for n, units in enumerate(normed if layer_norm else [])
+        )
+        if code:
+            self.output_condition = Linear(square * (layers - 1), routing, copies=copies)
+            self.output_logits = Linear(routing, modules, copies=copies, last=True)
+            self.head = Linear(module_width, outputs, copies=copies, last=True)
+
+    def route(self, state: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """P^1 .. P^{L-1}, each (C, T, B, n, n), and q (C, T, B, n) of the code's output."""
+        task = self.task_encoder()  # (C, T, 1, D)
+        joint = state * task if self.state_routing else task.expand_as(state)
+        features = self.features(joint.relu()) if self.reading == "code" else joint
+        n = self.modules_count
+        logits = [self.logits[0](features.relu())]  # (C, T, B, n n)
+        weights = [_rows(logits[0], n)]
+        for condition, layer in zip(self.conditions, self.logits[1:], strict=True):
+            code = self.reading == "code"
+            before = torch.cat([w.flatten(-2) for w in weights], -1) if code else logits[-1]
+            logits.append(layer((features * condition(before)).relu()))
+            weights.append(_rows(logits[-1], n))
+        if self.reading == "paper":
+            return weights, None
+        before = torch.cat([w.flatten(-2) for w in weights], -1)
+        output = self.output_logits((features * self.output_condition(before)).relu())
+        return weights, torch.softmax(output, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        state = self.state_encoder(x)
+        weights, q = self.route(state)
+        code = q is not None
+        o = self.stack[0]((state.relu() if code else state)[:, None])  # (C, n, T, B, d)
+        for layer, (module, p) in enumerate(zip(self.stack[1:], weights, strict=True)):
+            norm = self.norms[layer] if len(self.norms) else nn.Identity()
+            o = module(norm(_mix(p, o)).relu() if code else _mix(p, norm(o).relu()))
+        if q is None:
+            output: Tensor = o.sum(1)
+        else:
+            mixed = _mix(q[..., None, :], o)[:, 0]
+            if len(self.norms):
+                mixed = self.norms[-1](mixed)
+            output = self.head(mixed.relu())
+        return output
+
+
+def _rows(logits: Tensor, modules: int) -> Tensor:
+    """Eq. 7: (..., n n) -> (..., n, n), each row a softmax over its sources."""
+    return torch.softmax(logits.view(*logits.shape[:-1], modules, modules), -1)
+
+
+def _mix(weights: Tensor, outputs: Tensor) -> Tensor:
+    """sum_j P_ij o_j: (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d)."""
+    mixed = torch.matmul(weights, outputs.permute(0, 2, 3, 1, 4))
+    return mixed.permute(0, 3, 1, 2, 4)

@@ -1,0 +1,289 @@
+"""Soft Module, PaCo, MOORE and single-task SAC against their equations, written naively."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import algorithms
+from algorithms.agent import Agent, Batch, Plan
+from algorithms.moore import OrthogonalMixture, gram_schmidt
+from algorithms.nn import LayerNorm, initialise
+from algorithms.paco import ComposedNetwork, PaCo
+from algorithms.single_task_sac import SingleTaskSAC
+from algorithms.soft_module import SoftModuleNetwork
+from suites.base import SuiteSpec
+
+PLAN = Plan(10_000, 200, 0)
+
+
+def suite_of(tasks: int) -> SuiteSpec:
+    names = tuple(f"task-{task}" for task in range(tasks))
+    return SuiteSpec(name="shape", task_names=names, obs_dim=39, action_dim=4, horizon=200)
+
+
+def make(name: str, tasks: int = 3, seed: int = 0, **settings: Any) -> Agent:
+    agent = algorithms.load(name)
+    sizes = {"width": 16, "depth": 2, "module_width": 8, "router_width": 8}
+    small = {name: size for name, size in sizes.items() if name in agent.Config.model_fields}
+    return agent(suite_of(tasks), agent.Config(**(small | settings)), PLAN, seed=seed)
+
+
+def batch(tasks: int = 3, rows: int = 8, seed: int = 0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(tasks, rows, size, generator=g)
+
+    zeros = torch.zeros(tasks, rows, 1)
+    return Batch(normal(39), normal(4).tanh(), normal(1), normal(39), zeros, zeros,
+                 torch.ones(tasks, 1, 1), {})  # fmt: skip
+
+
+def drawn(network: nn.Module) -> nn.Module:
+    """Parameters of ordinary size everywhere, in float64."""
+    g = torch.Generator().manual_seed(1)
+    initialise(network, "torch", g)
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, LayerNorm):
+                layer.scale.uniform_(0.5, 1.5, generator=g)
+                layer.shift.uniform_(-0.5, 0.5, generator=g)
+    return network.double()
+
+
+def affine(layer: nn.Module, value: Tensor, *index: int) -> Tensor:
+    bias = layer.bias[index] if len(index) > 1 else layer.bias[index[0]]
+    return value @ layer.weight[index] + bias[0]
+
+
+def norm(layer: nn.Module, value: Tensor, c: int, m: int = 0) -> Tensor:
+    if not isinstance(layer, LayerNorm):
+        return value
+    y = (value - value.mean()) / (value.var(correction=0) + 1e-5).sqrt()
+    return y * layer.scale[c, m, 0] + layer.shift[c, m, 0]
+
+
+def naive_soft_module(net: SoftModuleNetwork, s: Tensor, c: int, task: int) -> Tensor:
+    """One sample of one task through one copy, module by module."""
+    n, code = net.modules_count, net.reading == "code"
+    encoder = list(net.state_encoder)
+    normed = len(encoder) == 5
+    first, second = encoder[0], encoder[3 if normed else 2]
+    norms = (encoder[1], encoder[4]) if normed else (nn.Identity(), nn.Identity())
+    hidden = norm(norms[0], affine(first, s, c), c).relu()
+    f = norm(norms[1], affine(second, hidden, c), c)
+    h = net.task_encoder.weight[c, task, 0] + net.task_encoder.bias[c, 0, 0]
+    joint = f * h if net.state_routing else h
+    g = joint
+    if code:
+        g = affine(net.features[2], affine(net.features[0], joint.relu(), c).relu(), c)
+    logits = [affine(net.logits[0], g.relu(), c)]
+    for layer in range(1, len(net.logits)):
+        before = torch.cat([rows(p, n).flatten() for p in logits]) if code else logits[-1]
+        u = affine(net.conditions[layer - 1], before, c)
+        logits.append(affine(net.logits[layer], (g * u).relu(), c))
+    weights = [rows(p, n) for p in logits]
+
+    o = [affine(net.stack[0], f.relu() if code else f, c, j) for j in range(n)]
+    for layer, p in enumerate(weights):
+        after = net.norms[layer] if len(net.norms) else nn.Identity()
+        found = []
+        for i in range(n):
+            if code:
+                mixed = norm(after, sum(p[i, j] * o[j] for j in range(n)), c, i).relu()
+            else:
+                mixed = sum(p[i, j] * norm(after, o[j], c, j).relu() for j in range(n))
+            found.append(affine(net.stack[layer + 1], mixed, c, i))
+        o = found
+    if not code:
+        return sum(o)
+    u = affine(net.output_condition, torch.cat([w.flatten() for w in weights]), c)
+    q = torch.softmax(affine(net.output_logits, (g * u).relu(), c), 0)
+    mixed = sum(q[j] * o[j] for j in range(n))
+    if len(net.norms):
+        mixed = norm(net.norms[-1], mixed, c)
+    return affine(net.head, mixed.relu(), c)
+
+
+def rows(logits: Tensor, n: int) -> Tensor:
+    """Eq. 7, row by row."""
+    return torch.stack([torch.softmax(row, 0) for row in logits.view(n, n)])
+
+
+@pytest.mark.parametrize("reading", ["code", "paper"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("layers", "state_routing"), [(2, True), (4, True), (3, False)])
+def test_soft_module_is_its_equations(
+    reading: Any, layer_norm: bool, layers: int, state_routing: bool
+) -> None:
+    net = drawn(
+        SoftModuleNetwork(
+            6, 4, 3, copies=2, width=5, layers=layers, modules=3, module_width=4, router_width=7,
+            state_routing=state_routing, reading=reading, layer_norm=layer_norm,
+        )
+    )  # fmt: skip
+    assert isinstance(net, SoftModuleNetwork)
+    x = torch.randn(1, 3, 2, 6, dtype=torch.float64)
+    expected = torch.stack([
+        torch.stack([
+            torch.stack([naive_soft_module(net, x[0, t, b], c, t) for b in range(2)])
+            for t in range(3)
+        ])
+        for c in range(2)
+    ])  # fmt: skip
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_soft_modules_probabilities_are_traced() -> None:
+    agent = make("soft_module", modules=3, layers=3)
+    routes = agent.trace(np.random.default_rng(0).standard_normal((3, 5, 39), np.float32))
+    shown = routes["soft_routes"]
+    assert shown.shape == (3, 5, 2, 3, 3)
+    np.testing.assert_allclose(shown.sum(-1), 1, rtol=1e-5)
+    # The authors draw the routing logits' layer near zero: routing starts almost uniform.
+    np.testing.assert_allclose(shown, 1 / 3, atol=0.02)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_paco_composes_parameters(layer_norm: bool) -> None:
+    """theta = sum_k w_k Phi_k, task by task, equals K passes only where the network is linear."""
+    net = drawn(ComposedNetwork(6, [5, 5], 4, 3, 2, copies=2, layer_norm=layer_norm))
+    assert isinstance(net, ComposedNetwork)
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.weight.normal_()
+            layer.bias.normal_()
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
+    found = net(x)
+    for c in range(2):
+        for t in range(3):
+            w, y = net.composition[c, t], x[0, t]
+            for number, layer in enumerate(net.layers):
+                weight = sum(w[k] * layer.weight[c, k] for k in range(2))
+                y = y @ weight + sum(w[k] * layer.bias[c, k] for k in range(2))
+                if number < 2:
+                    y = torch.stack([norm(net.norms[number], row, c) for row in y]).relu()
+            torch.testing.assert_close(found[c, t], y)
+
+
+def test_paco_starts_from_one_set_and_tasks_differ() -> None:
+    agent = make("paco")
+    for layer in agent.actor.layers:
+        assert torch.equal(layer.weight[:, :1].expand_as(layer.weight), layer.weight)
+    w = agent.actor.composition[0]
+    assert (w[0] != w[1]).all()
+    assert agent.probe()["composition"].shape == (3, 5)
+
+
+def test_paco_resets_the_composition_of_extreme_tasks_alone() -> None:
+    agent = make("paco", actor_lr=1e-12, critic_lr=1e-12)
+    assert isinstance(agent, PaCo)
+    before = [network.composition.detach().clone() for network in (agent.actor, agent.critic)]
+    extreme = batch()
+    extreme.reward[1] = 1e6
+    assert agent.update(extreme)["masked"].tolist() == [0, 1, 0]
+    for old, network in zip(before, (agent.actor, agent.critic), strict=True):
+        new = network.composition.detach()
+        torch.testing.assert_close(new[:, [0, 2]], old[:, [0, 2]], rtol=0, atol=1e-6)
+        # w_1 lies between w_0 and w_2, in the same place in every copy.
+        share = (new[:, 1] - old[:, 0]) / (old[:, 2] - old[:, 0])
+        torch.testing.assert_close(share, share[:1, :1].expand_as(share), rtol=1e-3, atol=1e-3)
+        assert 0 <= share.mean() <= 1
+    assert (agent.critic.composition[0, 1] != before[1][0, 1]).any()
+    everywhere = batch()
+    everywhere.reward[:] = 1e6
+    kept = agent.actor.composition.detach().clone()
+    assert agent.update(everywhere)["masked"].tolist() == [1, 1, 1]
+    torch.testing.assert_close(agent.actor.composition.detach(), kept, rtol=0, atol=1e-6)
+
+
+def test_gram_schmidt_against_a_worked_example() -> None:
+    h = torch.tensor([[3.0, 4.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 2.0]], dtype=torch.float64)
+    found = gram_schmidt(h.view(1, 3, 1, 1, 3), 1e-12).view(3, 3)
+    wanted = torch.tensor([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0], [0.0, 0.0, 1.0]]).double()
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_moore_is_its_equations(orthogonal: bool) -> None:
+    net = drawn(OrthogonalMixture(6, 5, 3, 4, 3, 2, copies=2, orthogonal=orthogonal))
+    assert isinstance(net, OrthogonalMixture)
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
+    found = net(x)
+    layers = [layer for layer in net.experts if not isinstance(layer, nn.ReLU)]
+    for c in range(2):
+        for t in range(3):
+            for b in range(4):
+                h = []
+                for k in range(2):
+                    y = affine(layers[0], x[0, t, b], c, k).relu()
+                    y = affine(layers[1], y, c, k).relu()
+                    h.append(affine(layers[2], y, c, k))
+                if orthogonal:
+                    h[0] = h[0] / h[0].norm()
+                    h[1] = h[1] - (h[0] @ h[1]) * h[0]
+                    h[1] = h[1] / h[1].norm()
+                v = (net.task_weights[c, t, 0] * h[0] + net.task_weights[c, t, 1] * h[1]).tanh()
+                torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
+
+
+def test_moores_experts_follow_the_number_of_tasks() -> None:
+    assert make("moore", 10).actor.task_weights.shape == (1, 10, 4)
+    assert make("moore", 11).actor.task_weights.shape == (1, 11, 6)
+    assert make("moore", 3, experts=2).actor.task_weights.shape == (1, 3, 2)
+
+
+class Noiseless(SingleTaskSAC):
+    """Takes the mean action, so that agents of different numbers of tasks see the same noise."""
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        return torch.full(shape, 0.5)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_single_task_sac_is_t_separate_agents(layer_norm: bool) -> None:
+    config = Noiseless.Config(width=16, depth=2, critic_layer_norm=layer_norm, grad_clip=0.05)
+    together = Noiseless(suite_of(3), config, PLAN, seed=0)
+    alone = [Noiseless(suite_of(1), config, PLAN, seed=0) for _ in range(3)]
+    for task, agent in enumerate(alone):
+        for mine, theirs in (
+            (agent.actor, together.actor),
+            (agent.critic, together.critic),
+            (agent.target_critic, together.target_critic),
+        ):
+            mine.load_state_dict({k: v[:, task : task + 1] for k, v in theirs.state_dict().items()})
+    for seed in range(5):
+        data = batch(seed=seed)
+        data.reward[1] = 1e5  # neither masked nor weighted away, nor anybody else's business
+        together.update(data)
+        for task, agent in enumerate(alone):
+            own = [v[task : task + 1] for v in data[:-1]]
+            agent.update(Batch(*own, {}))
+    for task, agent in enumerate(alone):
+        for name in ("actor", "critic"):
+            theirs = getattr(together, name).state_dict()
+            for key, value in getattr(agent, name).state_dict().items():
+                torch.testing.assert_close(
+                    value, theirs[key][:, task : task + 1], rtol=1e-4, atol=1e-6
+                )
+        torch.testing.assert_close(agent.log_alpha[0], together.log_alpha[task])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(n, v) for n in ("soft_module", "paco", "moore") for v in algorithms.load(n).VARIANTS],
+)
+def test_every_variant_trains(name: str, variant: str) -> None:
+    agent = algorithms.load(name)
+    values = {k: v for k, v in agent.VARIANTS[variant].items() if k in agent.Config.model_fields}
+    if "{" in variant:
+        values[variant.split("{")[1].rstrip("}")] = 2
+    made = make(name, **values)
+    for seed in range(3):
+        metrics = made.update(batch(seed=seed))
+    assert all(value.isfinite().all() for value in metrics.values())
