@@ -43,6 +43,16 @@ class AgentConfig(BaseModel):
         return self
 
 
+class Match(NamedTuple):
+    """The value of a size in VARIANTS at which actor and critic have as many parameters as those of
+    ``reference``, an ``algorithm@variant``, on the same suite under the same preset."""
+
+    reference: str
+
+    def __str__(self) -> str:
+        return f"as many parameters as {self.reference}"
+
+
 class Batch(NamedTuple):
     """Transitions, task-major: B of each of the T tasks, on the agent's device."""
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
+from algorithms.agent import Match
 from algorithms.nn import TaskLinear, mlp
 from algorithms.sac import ARS, SAC, SACConfig
 
@@ -41,6 +42,9 @@ class MTMHSAC(SAC):
         "layers{depth}": {},
         "wide4": {"depth": 4, "width": 600},  # Soft Modularization Table 2
         "wide5": {"depth": 5, "width": 600},
+        "match_mega": {"width": Match("mega@fixed3")},
+        "match_mega16": {"width": Match("mega@fixed16")},
+        "match_d2r": {"width": Match("d2r")},
     }
 
     def make_actor(self) -> nn.Module:

@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -21,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import algorithms
 import suites
-from algorithms.agent import Agent, AgentConfig, Plan
-from suites.base import Suite, unknown
+from algorithms.agent import Agent, AgentConfig, Match, Plan
+from suites.base import Suite, SuiteSpec, unknown
 
 SCHEMA = 1
 """Version of the run directory's files."""
@@ -241,17 +242,27 @@ class RunSpec(BaseModel):
         def values(
             variant: str, changes: Mapping[str, Any]
         ) -> tuple[Protocol, AgentConfig, dict[str, str]]:
+            of_variant = variant_values(agent, name, variant)
+            matches = {k: v for k, v in of_variant.items() if isinstance(v, Match)}
             layers = {
                 f"preset {chosen.name}": chosen.protocol | large | chosen.algorithm,
-                f"variant {variant}": variant_values(agent, name, variant),
+                f"variant {variant}": {k: v for k, v in of_variant.items() if k not in matches},
                 "user": changes,
             }
             protocol, sources = _build(Protocol, layers, "protocol")
             config, more = _build(agent.Config, layers, name)
             try:
-                return protocol, config.for_run(shape, protocol.plan), sources | more
+                config = config.for_run(shape, protocol.plan)
             except ValueError as error:
                 raise SpecError(f"{name}: {error}") from None
+            for field, match in matches.items():
+                if field in changes:
+                    continue
+                reference = cls.resolve(match.reference, suite, 0, preset_name=preset_name)
+                target = _parameters(reference.agent, reference.agent_config, protocol.plan, shape)
+                size = _matching_size(agent, config, field, protocol.plan, shape, target)
+                config, more[field] = config.model_copy(update={field: size}), f"variant {variant}"
+            return protocol, config, sources | more
 
         protocol, config, sources = values(variant, mine)
 
@@ -399,6 +410,32 @@ def _build(
         return model(**values), sources
     except ValidationError as error:
         raise SpecError("; ".join(_explain(owner, problem) for problem in error.errors())) from None
+
+
+@cache
+def _parameters(agent: type[Agent], config: AgentConfig, plan: Plan, suite: SuiteSpec) -> int:
+    """Parameters of the actor and one critic."""
+    return sum(agent(suite, config, plan, seed=0).parameter_counts().values())
+
+
+@cache
+def _matching_size(
+    agent: type[Agent], config: AgentConfig, field: str, plan: Plan, suite: SuiteSpec, target: int
+) -> int:
+    """The value of ``field`` that brings the number of parameters nearest to ``target``."""
+
+    def excess(size: int) -> int:
+        changed = config.model_copy(update={field: size})
+        return _parameters(agent, changed, plan, suite) - target
+
+    high = 1
+    while excess(high) < 0:
+        high *= 2
+    low = high // 2  # too few at low, enough at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+    return low if low and -excess(low) < excess(high) else high
 
 
 def _explain(owner: str, problem: Any) -> str:

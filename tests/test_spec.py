@@ -47,6 +47,30 @@ def test_the_papers_values_are_the_defaults() -> None:
     assert (large.steps_per_task, large.replay_per_task) == (1_000_000, 200_000)
 
 
+@pytest.mark.parametrize("preset", ["paper", "cpu"])
+@pytest.mark.parametrize("suite", ["mt10_rand", "mt50_rand"])
+def test_plain_networks_of_matched_size(preset: str, suite: str) -> None:
+    """The width is found when the run is specified, and recorded with where it came from."""
+
+    def parameters(label: str) -> int:
+        spec = RunSpec.resolve(label, suite, 0, preset_name=preset)
+        shape = spec.make_suite().spec
+        agent = spec.agent(shape, spec.agent_config, spec.protocol.plan, seed=0)
+        return sum(agent.parameter_counts().values())
+
+    for variant, reference in (("match_mega16", "mega@fixed16"), ("match_d2r", "d2r")):
+        spec = RunSpec.resolve(f"mtmh_sac@{variant}", suite, 0, preset_name=preset)
+        assert spec.sources["width"] == f"variant {variant}"
+        assert isinstance(spec.config["width"], int)
+        assert spec.label == f"mtmh_sac@{variant}"
+        target = parameters(reference)
+        assert parameters(spec.label) == pytest.approx(target, rel=0.02)
+    by_hand = RunSpec.resolve(
+        "mtmh_sac@match_d2r", suite, 0, preset_name=preset, overrides={"width": 32}
+    )
+    assert by_hand.config["width"] == 32
+
+
 def test_a_variant_that_changes_nothing_shares_the_plain_runs() -> None:
     plain, by_name = resolve("mega"), resolve("mega@precision2")
     assert by_name.directory == plain.directory  # 2 bits are MT10's precision ...
