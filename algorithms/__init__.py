@@ -20,6 +20,7 @@ _BUILT_IN = {
     "soft_module": "algorithms.soft_module:SoftModule",
     "moore": "algorithms.moore:MOORE",
     "paco": "algorithms.paco:PaCo",
+    "mixture_of_experts": "algorithms.mixture_of_experts:MixtureOfExperts",
     "mtmh_sac": "algorithms.mtmh_sac:MTMHSAC",
     "mt_sac": "algorithms.mt_sac:MTSAC",
     "sac": "algorithms.single_task_sac:SingleTaskSAC",

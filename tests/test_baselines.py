@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import algorithms
 from algorithms.agent import Agent, Batch, Plan
+from algorithms.mixture_of_experts import Mixture
 from algorithms.moore import OrthogonalMixture, gram_schmidt
-from algorithms.nn import LayerNorm, initialise
+from algorithms.nn import LayerNorm, Linear, ModuleLinear, initialise
 from algorithms.paco import ComposedNetwork, PaCo
 from algorithms.single_task_sac import SingleTaskSAC
 from algorithms.soft_module import SoftModuleNetwork
@@ -232,6 +233,32 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
                 torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
 
 
+@pytest.mark.parametrize("mix", ["outputs", "features"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_mixture_of_experts_is_its_equations(mix: Any, layer_norm: bool) -> None:
+    net = drawn(Mixture(6, [5, 5], 4, 3, 2, copies=2, gate_width=4, mix=mix, layer_norm=layer_norm))
+    assert isinstance(net, Mixture)
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
+    found = net(x)
+    linears = [layer for layer in net.experts if isinstance(layer, ModuleLinear)]
+    norms = [layer for layer in net.experts if isinstance(layer, LayerNorm)] or [nn.Identity()] * 2
+    gate = [layer for layer in net.gate if isinstance(layer, Linear)]
+    for c in range(2):
+        for t in range(3):
+            for b in range(4):
+                g = (affine(gate[0], x[0, t, b], c) + gate[0].task_bias[c, t, 0]).relu()
+                p = torch.softmax(affine(gate[2], affine(gate[1], g, c).relu(), c), 0)
+                each = []
+                for k in range(2):
+                    y = affine(linears[0], x[0, t, b], c, k) + linears[0].task_bias[c, k, t, 0]
+                    y = norm(norms[0], y, c, k).relu()
+                    y = norm(norms[1], affine(linears[1], y, c, k), c, k).relu()
+                    each.append(affine(linears[2], y, c, k) if mix == "outputs" else y)
+                y = p[0] * each[0] + p[1] * each[1]
+                wanted = y if mix == "outputs" else affine(net.head, y, c)
+                torch.testing.assert_close(found[c, t, b], wanted)
+
+
 def test_moores_experts_follow_the_number_of_tasks() -> None:
     assert make("moore", 10).actor.task_weights.shape == (1, 10, 4)
     assert make("moore", 11).actor.task_weights.shape == (1, 11, 6)
@@ -276,7 +303,11 @@ def test_single_task_sac_is_t_separate_agents(layer_norm: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [(n, v) for n in ("soft_module", "paco", "moore") for v in algorithms.load(n).VARIANTS],
+    [
+        (n, v)
+        for n in ("soft_module", "paco", "moore", "mixture_of_experts")
+        for v in algorithms.load(n).VARIANTS
+    ],
 )
 def test_every_variant_trains(name: str, variant: str) -> None:
     agent = algorithms.load(name)
