@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,6 +303,43 @@ def test_a_killed_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     rows = {str(row["run"]).split("/")[1]: row for row in statuses(tmp_path)}
     assert rows["mt_sac"]["state"] == "failed"
     assert rows["mtmh_sac"]["state"] == "done"
+
+
+PLUGIN = Path(__file__).resolve().parent / "plugin"
+
+
+def test_the_readme_shows_the_plug_in_that_is_tested() -> None:
+    readme = (PLUGIN.parent.parent / "README.md").read_text(encoding="utf-8")
+    for name in ("deep.py", "pyproject.toml"):
+        assert f"# deep/{name}\n" + (PLUGIN / name).read_text(encoding="utf-8") in readme
+
+
+@pytest.mark.slow
+def test_a_third_partys_algorithm_is_compared_like_any_other(tmp_path: Path) -> None:
+    """The README's example, installed as it says, trained, and in the report."""
+    source, site, out = tmp_path / "deep", tmp_path / "site", tmp_path / "out"
+    shutil.copytree(PLUGIN, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+    subprocess.run([*pip, "--no-deps", "--target", str(site), str(source)], check=True)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "bench.cli", *arguments], capture_output=True, text=True,
+            cwd=PLUGIN.parent.parent, env=os.environ | {"PYTHONPATH": str(site)}, check=False,
+        )  # fmt: skip
+
+    assert "me, tonight" in run("list", "algos").stdout
+    trained = run(
+        "run", "--algos", "deep,mt_sac", *TOY, "--seeds", "1", "--steps", "300", "--out", str(out)
+    )
+    assert trained.returncode == 0, trained.stderr
+    parameters = run("params", "--suite", "toy", "--algos", "deep,mt_sac", "--json")
+    deep, plain = json.loads(parameters.stdout)["rows"]
+    assert deep["actor"] > plain["actor"]
+    assert deep["critic"] == plain["critic"]
+    shown = run("report", "--out", str(out))
+    assert shown.returncode == 0, shown.stderr
+    assert "deep" in (out / "report" / "tables" / "toy-smoke-300-success_rates.csv").read_text()
 
 
 @pytest.mark.slow
