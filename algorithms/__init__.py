@@ -40,9 +40,18 @@ def names() -> list[str]:
 
 
 def load(name: str) -> type[Agent]:
-    """The class of the algorithm ``name``; raises ValueError naming the nearest match."""
+    """The class of the algorithm ``name``.
+
+    Raises ValueError naming the nearest match of an unknown name, or what is wrong with a plug-in.
+    """
     if name not in table():
         raise ValueError(unknown("algorithm", name, names()))
     module, _, attribute = table()[name].partition(":")
-    agent: type[Agent] = getattr(import_module(module), attribute)
+    try:
+        agent: type[Agent] = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"algorithm {name!r} is registered as {table()[name]} by an installed package, but "
+            f"cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
     return agent

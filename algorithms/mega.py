@@ -135,11 +135,11 @@ class MEGAConfig(SACConfig):
     """tau_b_m (Table 3, Alg. 4)."""
 
     # Model evolution (Sec. 4.4)
-    start_stage: Annotated[int, Field(ge=1)] = 3
+    start_stage: Annotated[int, Field(ge=1, le=256)] = 3
     """Stage of every task at the start (Table 3)."""
     evolve: bool = True
     """Whether stages increase; otherwise all tasks stay at the start stage (Sec. 5.4, Fig. 9)."""
-    max_stage: Annotated[int, Field(ge=1)] = 24
+    max_stage: Annotated[int, Field(ge=1, le=256)] = 24
     """No task grows beyond this stage; not in the paper, a guard of memory."""
     window: Annotated[int, Field(ge=1)] | None = None
     """Training episodes of a task over which its growth is decided (Departure 2). None: a 20th of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 import signal
 import sys
 import time
@@ -119,7 +120,8 @@ def run(
         requests = [
             Request(
                 algorithms=names(algos, "--algos"), suites=names(suite, "--suite"),
-                seeds=parse_seeds(seeds or "5"), preset=preset or "cpu", overrides=overrides,
+                seeds=parse_seeds("5" if seeds is None else seeds), preset=preset or "cpu",
+                overrides=overrides,
             )
         ]  # fmt: skip
     _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
@@ -161,7 +163,7 @@ def ablate(
     requests = [
         Request(
             entry["algos"], names(suite or entry.get("suite", "mt10_rand"), "--suite"),
-            parse_seeds(seeds or "5"), preset, entry.get("set", {}) | overrides,
+            parse_seeds("5" if seeds is None else seeds), preset, entry.get("set", {}) | overrides,
         )
         for name, entry in shipped.items()
         if ablation in (name, "all")
@@ -229,9 +231,12 @@ def _sweep(
     )  # fmt: skip
     with Progress(console, jobs) as progress:
         local.run(jobs, progress.notice)
-    if not local.interrupted:
+    if not local.interrupted and any(job.outcome != "busy" for job in jobs):
         with _status(console, "evaluating the scripted experts and the random policy"):
-            references.ensure(specs, out, machine.environment(device, threads))
+            try:
+                references.ensure(specs, out, machine.environment(device, threads))
+            except (StoreError, OSError) as error:
+                print(f"bench: no reference rows: {error}", file=sys.stderr)
     _conclude(console, jobs, out, time.time() - started, interrupted=local.interrupted)
 
 
@@ -273,7 +278,8 @@ def _print_plan(
         if small:
             with _status(console, "measuring the papers' scale"):
                 hours = _paper_hours(small, device)
-            console.print(f"The papers' scale is --preset paper: a run on this machine, {hours}")
+            here = f": a run on this machine, {hours}" if hours else ""
+            console.print(f"The papers' scale is --preset paper{here}")
     already = sum(job.outcome == "skipped" for job in jobs)
     busy = sum(job.outcome == "busy" for job in jobs)
     resumed = sum(job.store.status().get("step", 0) > 0 for job in todo)
@@ -302,14 +308,19 @@ def _remaining(job: Job, seconds: float) -> float:
 
 
 def _paper_hours(jobs: list[Job], device: str) -> str:
-    """Hours of one run of each algorithm at the papers' scale, from a moment's measurement."""
+    """Hours of one run of each algorithm at the papers' scale, from a moment's measurement; empty
+    for suites that are not the papers'."""
     from bench.spec import RunSpec
     from bench.speed import cost
+    from reports import published
 
     hours = []
+    of_papers = set(published("success_rates")["suite"])
     for name, suite in dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs):
+        if suite not in of_papers:
+            continue
         spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
-        hours.append(f"{name} {cost(spec, device, 1, budget=0.2).seconds / 3600:,.0f} h")
+        hours.append(f"{name} on {suite} {cost(spec, device, 1, budget=0.2).seconds / 3600:,.0f} h")
     return ", ".join(dict.fromkeys(hours))
 
 
@@ -321,8 +332,13 @@ def _conclude(
     done = sum(job.outcome in ("done", "skipped") for job in jobs)
     console.print(f"{done} of {len(jobs)} runs done after {duration(seconds)}; results in {out}")
     for job in jobs:
+        for warning in job.warnings:
+            print(f"warning: {job.spec.directory}: {warning}", file=sys.stderr)
         if job.outcome == "busy":
-            console.print(f"in training by another process: {job.spec.directory}")
+            console.print(
+                f"in training by another process: {job.spec.directory} (one whose bench run was "
+                "killed stops by itself at the end of its episode: try again then)"
+            )
     for job in failed:
         print(f"failed: {job.spec.directory}: {job.error}", file=sys.stderr)
         print(f"        traceback and output: {job.store.path / 'log.txt'}", file=sys.stderr)
@@ -501,16 +517,23 @@ def list_(
     from suites.base import unknown
 
     rows: list[dict[str, Any]]
-    if what == "algos":
-        rows = [{"name": n, "paper": algorithms.load(n).PAPER} for n in algorithms.names()]
-    elif what == "variants":
-        rows = [
-            {"name": f"{n}@{v}", "changes": ", ".join(f"{k}={x}" for k, x in values.items())}
-            for n in algorithms.names()
-            for v, values in algorithms.load(n).VARIANTS.items()
-        ]
+    if what in ("algos", "variants"):
+        loaded = {}
+        for name in algorithms.names():
+            try:
+                loaded[name] = algorithms.load(name)
+            except ValueError as error:
+                print(f"bench: {error}", file=sys.stderr)
+        rows = [{"name": name, "paper": agent.PAPER} for name, agent in loaded.items()]
+        if what == "variants":
+            rows = [
+                {"name": f"{name}@{v}", "changes": ", ".join(f"{k}={x}" for k, x in values.items())
+                 or f"{re.findall('{(.+)}', v)[0]}, the number in the name"}
+                for name, agent in loaded.items()
+                for v, values in agent.VARIANTS.items()
+            ]  # fmt: skip
     elif what == "suites":
-        rows = [{"name": n} for n in suites.names()]
+        rows = [{"name": name, "what": what} for name, what in suites.described().items()]
     elif what == "presets":
         rows = [{"name": n, "description": preset(n).description} for n in preset_names()]
     elif what == "ablations":
@@ -751,6 +774,8 @@ def main() -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except MemoryError as error:
+        _fail(WorkError(f"out of memory: {error}"), 1)
     except ValueError as error:
         from bench.spec import SpecError
 

@@ -56,11 +56,11 @@ class Protocol(BaseModel):
     """Steps per episode (MEGA Table 2)."""
     steps_per_task: Annotated[int, Field(ge=1)] = 1_500_000
     """Training steps of each task (MEGA Sec. 5.3: 7,500 episodes of 200 steps in MT10)."""
-    envs_per_task: Annotated[int, Field(ge=1)] = 1
+    envs_per_task: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Environments of each task stepped together (D2R Table 1)."""
-    updates_per_step: Annotated[int, Field(ge=1)] = 1
+    updates_per_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     """Gradient steps after each lockstep of the environments (D2R Table 1)."""
-    batch_per_task: Annotated[int, Field(ge=1)] = 128
+    batch_per_task: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Transitions of each task in an update (MEGA Table 2: 1280 for ten tasks)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2_000
     """Steps per task with the untrained policy before the first update (D2R App. A.2)."""

@@ -317,9 +317,14 @@ def open_run(out: Path, run: str) -> RunStore:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise SpecError(f"no run named {run!r} below {out}")
-    names = ", ".join(str(store.path.relative_to(out)) for store in found[:5])
-    raise SpecError(f"{run!r} names {len(found)} runs below {out}: {names} ...")
+        there = _listed(find(out), out)
+        raise SpecError(f"no run named {run!r} below {out}; there are: {there or 'none'}")
+    raise SpecError(f"{run!r} names {len(found)} runs below {out}: {_listed(found, out)}")
+
+
+def _listed(stores: list[RunStore], out: Path) -> str:
+    names = [str(store.path.relative_to(out)) for store in stores]
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
 from suites.base import unknown
 
 POLL_SECONDS = 0.25
+FULL_DISK_BYTES = 1_000_000
+"""A disk with less free space than this is full."""
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -112,8 +114,13 @@ def read_grid(
             for key in (*data, *entry)
             if key not in _GRID_KEYS
         ]
+        if wrong := [t for t in (data, entry) if not isinstance(t.get("set", {}), dict)]:
+            problems.append(
+                f"{place}: set={wrong[0]['set']!r} is no table; write set = {{ gamma = 0.98 }}"
+            )
+            continue
         merged = {"preset": "cpu"} | data | entry
-        merged["set"] = _table(data.get("set", {})) | _table(entry.get("set", {}))
+        merged["set"] = data.get("set", {}) | entry.get("set", {})
         merged |= {key: value for key, value in given.items() if value is not None}
         missing = [key for key in ("algos", "suite", "seeds") if not merged.get(key)]
         if missing:
@@ -146,10 +153,6 @@ def ablations() -> dict[str, dict[str, Any]]:
     one of its own, suite and values (``set``)."""
     text = files("bench").joinpath("grids", "ablations.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +197,10 @@ class Job:
     outcome: str = "pending"
     """pending | running | done | failed | interrupted | busy | skipped (was done before)."""
     error: str = ""
+    warnings: list[str] = field(default_factory=list)
+    """What its process warned of, in the log."""
+    log_start: int = 0
+    """Where in the log this process began."""
 
 
 class LocalLauncher:
@@ -256,6 +263,7 @@ class LocalLauncher:
     def _start(self, job: Job) -> None:
         try:
             log = (job.store.path / "log.txt").open("ab")
+            job.log_start = log.tell()
         except OSError as error:
             job.outcome, job.error = "failed", f"cannot write {job.store.path}: {error.strerror}"
             return
@@ -277,6 +285,7 @@ class LocalLauncher:
     def _ended(self, job: Job) -> None:
         assert job.process is not None
         code = job.process.returncode
+        job.warnings = _warnings(job)
         if code == 0:
             job.outcome = "done"
         elif code == EXIT_INTERRUPTED or (
@@ -297,6 +306,26 @@ class LocalLauncher:
                 job.store.write_status("failed", **(facts | {"error": job.error}))
             else:
                 job.error = str(status.get("error") or f"exit code {code}, see log.txt")
+                if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
+                    # Neither status nor log may have found room for the reason.
+                    job.error = f"the disk of {job.store.path} is full ({size(free)} free)"
+
+
+def _warnings(job: Job) -> list[str]:
+    """The warnings in what this process has logged."""
+    try:
+        with (job.store.path / "log.txt").open("rb") as log:
+            log.seek(job.log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = (line.partition("RuntimeWarning: ")[2] for line in lines)
+    return [warning for warning in found if warning]
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
@@ -327,11 +356,12 @@ def check_room(out: Path, costs: Mapping[str, Cost], jobs: Sequence[Job], worker
     """Why the disk cannot hold the sweep, or ``""``."""
     open_jobs = [job for job in jobs if job.outcome == "pending"]
     largest = sorted((costs[group(j.spec)].working_bytes for j in open_jobs), reverse=True)
-    needed, free = sum(largest[:workers]), shutil.disk_usage(out).free
+    at_once = largest[:workers]
+    needed, free = sum(at_once), shutil.disk_usage(out).free
     if needed <= free:
         return ""
     return (
-        f"{out} has {free / 1e9:.1f} GB free, {workers} runs at a time need {needed / 1e9:.1f} GB; "
+        f"{out} has {size(free)} free, {len(at_once)} runs at a time need {size(needed)}; "
         "use fewer --workers, a smaller replay_per_task, or another --out"
     )
 

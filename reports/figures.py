@@ -83,7 +83,9 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
         linestyle=look.dash,
         linewidth=bold,
         marker="o" if len(steps) < FEW_POINTS else None,
-        markersize=3 * bold,
+        markersize=2.2 * bold,
+        clip_on=False,  # the last point stands on the edge
+        alpha=0.9,  # curves that coincide show each other
     )
 
 

@@ -20,20 +20,33 @@ _LOADERS = {
 }
 """How a suite's name begins -> "module:function" with the signature of `load`."""
 
-_NAMES = (
-    *(f"mt{size}_{kind}" for size in (10, 25, 50) for kind in ("fixed", "rand")),
-    *(f"mt1_{kind}:<task>" for kind in ("fixed", "rand")),
-    *(f"custom_{kind}:<task>+<task>" for kind in ("fixed", "rand")),
-    "toy",
-    "toy<tasks>",
-    "toy_opposite",
-    "toy_opposite<tasks>",
-)
+_GOALS = {"fixed": "one goal per task and run", "rand": "a new goal in every episode"}
+_NAMES = {
+    **{
+        f"mt{size}_{kind}": f"Meta-World's MT{size}, {goals}"
+        for size in (10, 25, 50)
+        for kind, goals in _GOALS.items()
+    },
+    **{f"mt1_{kind}:<task>": f"one task of Meta-World, {goals}" for kind, goals in _GOALS.items()},
+    **{
+        f"custom_{kind}:<task>+<task>": f"any tasks of Meta-World, {goals}"
+        for kind, goals in _GOALS.items()
+    },
+    "toy": "3 point masses, learnable in seconds: for tests and trying things out",
+    "toy<tasks>": "1 to 500 of them",
+    "toy_opposite": "2 point masses that look alike and want opposite actions",
+    "toy_opposite<tasks>": "1 to 500 of them",
+}
 
 
 def names() -> list[str]:
     """What `load` takes, patterns such as ``mt1_rand:<task>`` as text, for listings."""
-    return [*_NAMES, *(f"{prefix}..." for prefix in _third_party())]
+    return list(described())
+
+
+def described() -> dict[str, str]:
+    """`names`, each with what it is."""
+    return _NAMES | {f"{prefix}...": "of an installed package" for prefix in _third_party()}
 
 
 def load(

@@ -7,6 +7,7 @@ observation and ``A`` action numbers. All environments step in lockstep.
 from __future__ import annotations
 
 import difflib
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -127,8 +128,10 @@ class Suite(ABC):
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:
     """The message for a name that is not among those allowed, with the nearest of them."""
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    # What stands for a number or name in a pattern ("fixed{n}", "mt1_rand:<task>") is not compared.
+    plain = {re.sub(r"[{<].*", "", name): name for name in reversed(allowed)}
+    near = difflib.get_close_matches(str(value), plain, n=1, cutoff=0.4)
+    hint = f"; did you mean {plain[near[0]]!r}?" if near else ""
     return f"unknown {what} {value!r}{hint} (allowed: {', '.join(allowed)})"
 
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 
+import algorithms
 from bench.cli import app, main
 
 BENCH = [sys.executable, "-m", "bench.cli"]
@@ -127,6 +128,10 @@ def test_help_needs_no_torch_and_names_every_command() -> None:
         ("run --algos mega --suite toy --set gamma", ["key=value"]),
         ("run --algos mega --suite toy --seeds 0", ["seeds '0'"]),
         ("run --algos mega --suite toy --seeds 3,3", ["3 is named twice"]),
+        ("run --algos mega@fixed --suite toy", ["mega@fixed{start_stage}'?"]),
+        ("run --algos mega --suite mt1_rand", ["mt1_rand:<task>'?"]),
+        ("run --algos mega --suite toy --set batch_per_task=1e9", ["batch_per_task", "100000"]),
+        ("run --algos mega@fixed999 --suite toy", ["start_stage=999", "256"]),
         ("run --algos mega,mega --suite toy", ["'mega' is named twice"]),
         ("run --algos mega --suite toy --steps 301", ["301", "200 or 400"]),
         ("run --algos mega --suite toy --workers none", ["'none'", "auto"]),
@@ -148,6 +153,33 @@ def test_a_mistake_is_named_with_what_is_allowed(arguments: str, words: Sequence
     assert 1 <= len(done.stderr.splitlines()) <= 2, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def test_no_seeds_named_is_no_default() -> None:
+    done = bench("run", "--algos", "mega", "--suite", "toy", "--seeds", "")
+    assert done.returncode == 2
+    assert "seeds ''" in done.stderr
+
+
+def test_a_broken_plug_in_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = algorithms.table() | {"broken": "no_such_package.deep:Deep"}
+    monkeypatch.setattr(algorithms, "table", lambda: broken)
+    for listing in ("algos", "variants"):
+        shown = bench("list", listing)
+        assert shown.returncode == 0
+        assert "mega" in shown.stdout
+        assert "broken" not in shown.stdout
+        assert "no_such_package.deep:Deep" in shown.stderr
+    done = bench("run", "--algos", "broken", "--suite", "toy", "--dry-run")
+    assert done.returncode == 2
+    assert "No module named 'no_such_package'" in done.stderr
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(finished: Path) -> None:
+    done = bench("doctor", "megga", "--out", str(finished))
+    assert done.returncode == 2
+    assert "no run named 'megga'" in done.stderr
+    assert "toy/mega/0-" in done.stderr
 
 
 def test_an_output_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

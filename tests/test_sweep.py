@@ -52,6 +52,15 @@ def test_planning_touches_no_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("values", ['"mega.start_stage=4"', '["gamma=0.9"]', "7"])
+def test_a_grids_set_must_be_a_table(values: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    for text in (f"set = {values}\n", f"[[runs]]\nset = {values}\n"):
+        path.write_text('algos = ["mega"]\nsuite = "toy"\nseeds = 1\n' + text)
+        with pytest.raises(SpecError, match="is no table; write set ="):
+            read_grid(path)
+
+
 def test_every_shipped_ablation_resolves() -> None:
     for entry in ablations().values():
         assert {"description", "paper", "algos"} <= entry.keys() <= {
