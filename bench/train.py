@@ -165,6 +165,9 @@ def run_loop(
             for env in range(p.envs_per_task):
                 agent.on_episode_start(task, env)
 
+    started, saved_step, saved_at, beat_at = time.monotonic(), step, time.monotonic(), 0.0
+    first, interval = step, checkpoint_steps(spec)
+
     def save() -> None:
         with clock("checkpoint"):
             replay.flush()
@@ -179,19 +182,26 @@ def run_loop(
             store.append_timing(step, clock.seconds(agent.seconds))
             store.save_checkpoint(step, content)
 
+    def beat() -> None:
+        """Tell that the run is alive, if it is time to."""
+        nonlocal beat_at
+        now = time.monotonic()
+        if now - beat_at > HEARTBEAT_SECONDS:
+            beat_at = now
+            heartbeat(step, facts | {"steps_per_second": (step - first) / (now - started)})
+
+    def greedy(obs: np.ndarray) -> np.ndarray:
+        beat()
+        return agent.act(obs, explore=False).action
+
     def measure(episodes: int, kind: str) -> np.ndarray:
         with clock("evaluation"):
-            outcome = evaluate(
-                lambda o: agent.act(o, explore=False).action,
-                eval_envs, episodes_needed(suite, episodes), p.eval_seed,
-            )  # fmt: skip
+            outcome = evaluate(greedy, eval_envs, episodes_needed(suite, episodes), p.eval_seed)
         store.append_metrics(outcome.rows(step, kind, names))
         facts["success"] = float(outcome.success.mean())
         facts["parameters"] = agent.parameter_counts()
         return outcome.observations
 
-    started, saved_step, saved_at, beat_at = time.monotonic(), step, time.monotonic(), 0.0
-    first, interval = step, checkpoint_steps(spec)
     while step < p.steps_per_task:
         with clock("act"):
             action, extras = agent.act(obs, explore=True)
@@ -207,10 +217,7 @@ def run_loop(
             with clock("update"):
                 for _ in range(p.updates_per_step):
                     meters.add_update(agent.update(replay.sample(p.batch_per_task)))
-        now = time.monotonic()
-        if now - beat_at > HEARTBEAT_SECONDS:
-            beat_at = now
-            heartbeat(step, facts | {"steps_per_second": (step - first) / (now - started)})
+        beat()
         if not result.episodes:
             continue
 
