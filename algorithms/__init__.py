@@ -19,6 +19,7 @@ _BUILT_IN = {
     "d2r": "algorithms.d2r:D2R",
     "soft_module": "algorithms.soft_module:SoftModule",
     "moore": "algorithms.moore:MOORE",
+    "care": "algorithms.care:CARE",
     "paco": "algorithms.paco:PaCo",
     "mixture_of_experts": "algorithms.mixture_of_experts:MixtureOfExperts",
     "mtmh_sac": "algorithms.mtmh_sac:MTMHSAC",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import algorithms
+import suites
 from algorithms.agent import Agent, Batch, Plan
+from algorithms.care import AttentiveCritic, CAREConfig, sentence_vectors
 from algorithms.mixture_of_experts import Mixture
 from algorithms.moore import OrthogonalMixture, gram_schmidt
 from algorithms.nn import LayerNorm, Linear, ModuleLinear, initialise
@@ -265,6 +267,65 @@ def test_moores_experts_follow_the_number_of_tasks() -> None:
     assert make("moore", 3, experts=2).actor.task_weights.shape == (1, 3, 2)
 
 
+def care_config(**settings: Any) -> CAREConfig:
+    sizes = {"width": 5, "depth": 2, "encoders": 3, "encoder_width": 4, "context_width": 6}
+    return CAREConfig(**(sizes | settings))
+
+
+@pytest.mark.parametrize("layout", ["table", "textbook"])
+@pytest.mark.parametrize("metadata", ["sentence", "learned"])
+def test_care_is_its_equations(layout: Any, metadata: Any) -> None:
+    tasks = ("reach-v3", "push-v3")
+    net = drawn(AttentiveCritic(7, 2, tasks, care_config(layout=layout, metadata=metadata)))
+    assert isinstance(net, AttentiveCritic)
+    x = torch.randn(1, 2, 3, 9, dtype=torch.float64)
+    found, core = net(x), net.network
+    for c in range(2):
+        for t in range(2):
+            v = net.context.vectors[c if metadata == "learned" else 0, t, 0]
+            layers = net.context.layers
+            z = affine(layers[2], affine(layers[0], v, c).relu(), c)
+            g = affine(core.gate[2], affine(core.gate[0], z, c).relu(), c).relu()
+            p = torch.softmax(affine(core.gate[4], g, c), 0)
+            for b in range(3):
+                s, a = x[0, t, b, :7], x[0, t, b, 7:]
+                e = sum(
+                    p[k] * affine(core.encoders[2], affine(core.encoders[0], s, c, k).relu(), c, k)
+                    for k in range(3)
+                )
+                y = affine(core.trunk[0], torch.cat([e, s if layout == "table" else z, a]), c)
+                if layout == "table":
+                    y = y + core.trunk[0].task_bias[c, t, 0]
+                y = affine(core.trunk[2], y.relu(), c).relu()
+                torch.testing.assert_close(found[c, t, b], affine(core.trunk[4], y, c))
+
+
+def test_cares_context_learns_from_the_critics_alone() -> None:
+    agent = make("care")
+    mean, _ = agent.policy(batch().obs, "policy", {})
+    torch.autograd.backward(mean.sum())
+    assert all(p.grad is None for p in agent.critic.parameters())
+    assert all(p.grad is not None for p in agent.actor.parameters())
+    q = agent.value(agent.critic, batch().obs, batch().action, "value")
+    torch.autograd.backward(q.sum())
+    assert all(p.grad is not None for p in agent.critic.context.parameters())
+
+
+def test_every_meta_world_task_has_a_sentence_of_its_own() -> None:
+    names = suites.load("mt50_rand").spec.task_names
+    vectors = sentence_vectors(names)
+    assert vectors.shape == (50, 768)
+    similar = np.corrcoef(vectors)
+    assert (similar[~np.eye(50, dtype=bool)] < 0.99).all()
+    near = names[int(np.argsort(-similar[names.index("drawer-open-v3")])[1])]
+    assert near in ("drawer-close-v3", "door-open-v3")
+    assert np.isclose(vectors.std(), 1, atol=0.1)
+    # Tasks of another suite: fixed by their names, and of the same scale.
+    other = sentence_vectors(("point-0", "point-1"))
+    np.testing.assert_array_equal(other, sentence_vectors(("point-0", "point-1")))
+    assert abs(np.corrcoef(other)[0, 1]) < 0.2
+
+
 class Noiseless(SingleTaskSAC):
     """Takes the mean action, so that agents of different numbers of tasks see the same noise."""
 
@@ -305,7 +366,7 @@ def test_single_task_sac_is_t_separate_agents(layer_norm: bool) -> None:
     ("name", "variant"),
     [
         (n, v)
-        for n in ("soft_module", "paco", "moore", "mixture_of_experts")
+        for n in ("soft_module", "care", "paco", "moore", "mixture_of_experts")
         for v in algorithms.load(n).VARIANTS
     ],
 )
