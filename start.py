@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
     if what == "bench":
         return call(bench, *rest)
     if what == "test":
-        return call(str(VENV / "bin" / "pytest"), "-m", "slow" if rest else "not slow")
+        tier = "slow" if rest else "not slow"
+        return call(str(VENV / "bin" / "pytest"), "-m", tier, "-n", "auto", "--maxprocesses", "4")
     code = call(bench, "run", *SMOKE, "--out", str(SMOKE_OUT))
     return code or call(bench, "report", "--out", str(SMOKE_OUT))
 
