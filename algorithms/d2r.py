@@ -127,16 +127,10 @@ class D2R(SAC):
         self.stored: Tensor | None = None
         self._balance_routes()
 
-    def make_actor(self) -> nn.Module:
-        """s -> mean and log std of the action."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a] -> Q, twice, each with a router of its own."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """Modules and a router of their own."""
         config = self.config
         return RoutedNetwork(
             inputs, outputs, self.suite.num_tasks,

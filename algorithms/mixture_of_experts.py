@@ -53,16 +53,10 @@ class MixtureOfExperts(SAC):
 
     actor: Mixture
 
-    def make_actor(self) -> nn.Module:
-        """[s, onehot] -> mean and log std of the action."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a, onehot] -> Q, twice."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """Experts and gate."""
         c = self.config
         return Mixture(
             inputs, [c.width] * c.depth, outputs, self.suite.num_tasks, c.experts,

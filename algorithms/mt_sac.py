@@ -41,15 +41,11 @@ class MTSAC(SAC):
         "layers{depth}": {},
     }
 
-    def make_actor(self) -> nn.Module:
-        """[s, onehot] -> mean and log std of the action."""
-        suite, hidden = self.suite, [self.config.width] * self.config.depth
-        return mlp(suite.obs_dim, hidden, 2 * suite.action_dim, one_hot=suite.num_tasks)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a, onehot] -> Q, twice."""
-        suite, hidden = self.suite, [self.config.width] * self.config.depth
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """[s, (a,) onehot] -> output."""
         return mlp(
-            suite.obs_dim + suite.action_dim, hidden, 1,
-            copies=2, one_hot=suite.num_tasks, layer_norm=self.config.critic_layer_norm,
+            inputs, [self.config.width] * self.config.depth, outputs,
+            copies=copies, one_hot=self.suite.num_tasks, layer_norm=layer_norm,
         )  # fmt: skip

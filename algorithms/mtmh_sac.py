@@ -47,16 +47,10 @@ class MTMHSAC(SAC):
         "match_d2r": {"width": Match("d2r")},
     }
 
-    def make_actor(self) -> nn.Module:
-        """[s, onehot] -> trunk -> the task's head."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a, onehot] -> trunk -> the task's head, twice."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """[s, (a,) onehot] -> trunk -> the task's head."""
         tasks, hidden = self.suite.num_tasks, [self.config.width] * self.config.depth
         trunk = mlp(inputs, hidden, None, copies=copies, one_hot=tasks, layer_norm=layer_norm)
         head = TaskLinear(tasks, self.config.width, outputs, copies=copies, last=True)

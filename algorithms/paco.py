@@ -62,16 +62,10 @@ class PaCo(SAC):
     actor: ComposedNetwork
     critic: ComposedNetwork
 
-    def make_actor(self) -> nn.Module:
-        """s -> mean and log std of the action."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a] -> Q, twice."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """A network composed for each task."""
         config = self.config
         return ComposedNetwork(
             inputs, [config.width] * config.depth, outputs, self.suite.num_tasks, config.sets,

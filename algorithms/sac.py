@@ -135,13 +135,26 @@ class SAC(Agent):
 
     # ------------------------------------------------------------------ what algorithms fill in
 
-    def make_actor(self) -> nn.Module:
-        """The actor, (T, B, O) -> (1, T, B, 2A); every parameter has a leading axis of 1."""
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """A network (1, T, B, inputs) -> (copies, T, B, outputs), for `make_actor` and `make_critic`.
+
+        Every parameter has a leading axis of copies.
+        """
         raise NotImplementedError
 
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action, (1, T, B, O) -> (1, T, B, 2A)."""
+        suite = self.suite
+        return self.make_network(suite.obs_dim, 2 * suite.action_dim, copies=1, layer_norm=False)
+
     def make_critic(self) -> nn.Module:
-        """Twin critics, (T, B, O + A) -> (2, T, B, 1); every parameter has a leading axis of 2."""
-        raise NotImplementedError
+        """[s, a] -> Q, twice, (1, T, B, O + A) -> (2, T, B, 1)."""
+        return self.make_network(
+            self.suite.obs_dim + self.suite.action_dim, 1,
+            copies=2, layer_norm=self.config.critic_layer_norm,
+        )  # fmt: skip
 
     def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
         """Gaussian parameters (T, B, 2A) at observations (T, B, O), and what to store with them.

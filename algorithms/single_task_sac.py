@@ -39,16 +39,10 @@ class SingleTaskSAC(SAC):
 
     INDEPENDENT_AXES = 2  # clipping: a norm for each copy and task
 
-    def make_actor(self) -> nn.Module:
-        """s -> mean and log std of the action, a network per task."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a] -> Q, twice, a network per task."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """A network per task."""
         hidden = [self.config.width] * self.config.depth
         return mlp(
             inputs, hidden, outputs,

@@ -74,16 +74,10 @@ class SoftModule(SAC):
 
     actor: SoftModuleNetwork
 
-    def make_actor(self) -> nn.Module:
-        """s -> mean and log std of the action."""
-        return self._network(self.suite.obs_dim, 2 * self.suite.action_dim, 1, False)
-
-    def make_critic(self) -> nn.Module:
-        """[s, a] -> Q, twice."""
-        inputs = self.suite.obs_dim + self.suite.action_dim
-        return self._network(inputs, 1, 2, self.config.critic_layer_norm)
-
-    def _network(self, inputs: int, outputs: int, copies: int, layer_norm: bool) -> nn.Module:
+    def make_network(
+        self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
+    ) -> nn.Module:
+        """Base network and routing network."""
         c = self.config
         return SoftModuleNetwork(
             inputs, outputs, self.suite.num_tasks,
