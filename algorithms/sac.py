@@ -138,7 +138,7 @@ class SAC(Agent):
     def make_network(
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
     ) -> nn.Module:
-        """A network (1, T, B, inputs) -> (copies, T, B, outputs), for `make_actor` and `make_critic`.
+        """A network (1, T, B, inputs) -> (copies, T, B, outputs), as actor and as critics.
 
         Every parameter has a leading axis of copies.
         """
