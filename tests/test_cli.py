@@ -385,6 +385,7 @@ def test_an_installed_wheel_works_from_another_folder(tmp_path: Path) -> None:
     code = (
         "import bench, reports, bench.spec as s, bench.sweep as w, sys;"
         "assert bench.__file__.startswith(sys.argv[1]), bench.__file__;"
+        "import algorithms.care as c; assert 'reach-v3' in c._embedded();"
         "print(s.preset_names(), list(w.ablations()), len(reports.published('success_rates')))"
     )
     done = subprocess.run(
