@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.frames import health_rows, state_of
+from bench.frames import health_of, state_of
 from bench.store import RunStore, StoreError
 
 Check = dict[str, Any]
@@ -90,7 +90,7 @@ def run_checks(store: RunStore) -> list[Check]:
             _check(name, "good" if whole else "bad", f"{lines.count(10):,} lines",
                    "" if whole else "its last line is cut; resuming repairs it")
         )  # fmt: skip
-    for finding in health_rows(store):
+    for finding in health_of(store):
         checks.append(
             _check(finding["check"], finding["result"], finding["verdict"], finding["advice"])
         )

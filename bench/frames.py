@@ -35,15 +35,17 @@ def load(out: Path) -> Frames:
             continue
         runs.append(row)
         key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
-        for frames, file in ((metrics, "metrics.csv"), (timing, "timing.csv")):
-            if (frame := _read(store.path / file)) is not None:
-                frames.append(frame.assign(**key))
-        if metrics and (names := metrics[-1].loc[metrics[-1]["run"] == name, "task"].unique()).size:
-            tasks.setdefault(row["suite"], tuple(names))
+        measured, timed = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
+        if measured is not None:
+            metrics.append(measured.assign(**key))
+            tasks.setdefault(row["suite"], tuple(measured["task"].unique()))
+        if timed is not None:
+            timing.append(timed.assign(**key))
         probes[name] = read_probes(store)
         if (trace := store.probe_path / "trace.npz").exists():
             traces[name] = _arrays(trace)
-        health += [{"run": name} | finding for finding in health_rows(store, probes[name])]
+        findings = health_rows(store, measured, probes[name])
+        health += [{"run": name} | finding for finding in findings]
     return {
         "runs": pd.DataFrame(runs),
         "metrics": _concatenate(metrics),
@@ -58,20 +60,25 @@ def load(out: Path) -> Frames:
 Probes = list[tuple[int, dict[str, np.ndarray]]]
 
 
-def health_rows(store: RunStore, probes: Probes | None = None) -> list[dict[str, str]]:
+def health_of(store: RunStore) -> list[dict[str, str]]:
+    """`health_rows` of what the run has recorded so far."""
+    return health_rows(store, _read(store.path / "metrics.csv"), read_probes(store))
+
+
+def health_rows(
+    store: RunStore, metrics: pd.DataFrame | None, probes: Probes
+) -> list[dict[str, str]]:
     """The algorithm's verdicts on a run: check, result, verdict, advice. None before it trained.
 
     Raises StoreError if the run is damaged. An algorithm that is not installed here has no opinion.
     """
-    spec, metrics = store.spec(), _read(store.path / "metrics.csv")
     if metrics is None:
         return []
+    spec = store.spec()
     try:
         agent, config = spec.agent, spec.agent_config
     except ValueError:
         return []
-    if probes is None:
-        probes = read_probes(store)
     of_training = metrics[metrics["kind"].isin(["train", "update"])]
     tasks = tuple(str(task) for task in of_training["task"].unique())
     index = pd.Index(sorted(of_training["step"].unique()))
