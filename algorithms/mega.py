@@ -71,7 +71,7 @@ from algorithms.genetic import (
     weight_intervals,
     weight_matrix,
 )
-from algorithms.nn import Init, LayerNorm, Linear, TaskLinear, draw, initialise, mlp
+from algorithms.nn import Init, LayerNorm, Linear, Scratch, TaskLinear, draw, initialise, mlp
 from algorithms.routing import RoutedNetwork, route_temperature
 from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig, listed
 from suites.base import Episode, SuiteSpec, stream
@@ -1062,7 +1062,7 @@ class GenotypeNetwork(nn.Module):
             if task_identity == "head"
             else Linear(width, outputs, copies=copies, last=True)
         )
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
 
     def append(self) -> nn.Module:
         """Add the next module, its parameters not yet drawn, and return it."""
@@ -1070,7 +1070,7 @@ class GenotypeNetwork(nn.Module):
             self.width, self.module_width, copies=self.copies, layer_norm=self.layer_norm
         )
         self.stack.append(module)
-        self._scratch = _Scratch()  # buffers of the old size will not be asked for again
+        self._scratch = Scratch()  # buffers of the old size will not be asked for again
         return module
 
     def forward(self, x: Tensor, wiring: Wiring) -> Tensor:
@@ -1091,33 +1091,6 @@ class GenotypeNetwork(nn.Module):
         return output
 
 
-class _Scratch:
-    """Buffers for what lives from a forward pass to its backward pass, used again and again.
-
-    Fresh memory of this size costs more in page faults than the mixing that fills it.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """An uninitialised flat buffer with room for ``shape``."""
-        size = math.prod(shape)
-        fitting = [b for b in self._free if b.numel() >= size and b.dtype == like.dtype]
-        if not fitting:
-            return like.new_empty(size)
-        buffer = min(fitting, key=Tensor.numel)
-        self._free = [b for b in self._free if b is not buffer]
-        return buffer
-
-    def give(self, *buffers: Tensor) -> None:
-        """Take buffers back; the caller reads them no more."""
-        self._free.extend(buffers)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Scratch:
-        return _Scratch()
-
-
 class _Stack(torch.autograd.Function):
     """All modules and the head's mixture, with a backward pass by hand.
 
@@ -1135,7 +1108,7 @@ class _Stack(torch.autograd.Function):
         first: Tensor,
         weights: Tensor,
         wiring: Wiring,
-        scratch: _Scratch,
+        scratch: Scratch,
         residual: bool,
         learning: bool,
         *parameters: Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,33 @@ class LayerNorm(nn.Module):
         with torch.no_grad():
             self.scale.fill_(1)
             self.shift.fill_(0)
+
+
+class Scratch:
+    """Buffers for what lives from a forward pass to its backward pass, used again and again.
+
+    Fresh memory of this size costs more in page faults than the mixing that fills it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """An uninitialised flat buffer with room for ``shape``."""
+        size = math.prod(shape)
+        fitting = [b for b in self._free if b.numel() >= size and b.dtype == like.dtype]
+        if not fitting:
+            return like.new_empty(size)
+        buffer = min(fitting, key=Tensor.numel)
+        self._free = [b for b in self._free if b is not buffer]
+        return buffer
+
+    def give(self, *buffers: Tensor) -> None:
+        """Take buffers back; the caller reads them no more."""
+        self._free.extend(buffers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return Scratch()
 
 
 def mlp(

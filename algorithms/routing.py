@@ -18,22 +18,40 @@ triangle. With F(s) the state encoder's output and H(task) the task encoder's:
 
 ResRouting changes no value, only gradients (Eq. 10-12): a source whose softmax(z^i)_j is not above
 1/i is *unsuitable* for destination i, and what reaches it from there passes round its own y^j to
-its sources u^j. Selecting and weighting is done with the rows of the batch in the last axis, where
-reductions over the 16 sources vectorise.
+its sources u^j.
+
+On a CPU the arithmetic on each row is compiled (`algorithms.kernels`); elsewhere it is done by
+tensor operations, with the rows of the batch in the last axis, where reductions over the 16 sources
+vectorise. A test holds the two equal.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from algorithms.nn import Init, LayerNorm, Linear, draw
+from algorithms.kernels import (
+    activate,
+    activate_backward,
+    below_largest,
+    choose,
+    mix,
+    push,
+    weigh,
+    weigh_backward,
+)
+from algorithms.nn import Init, LayerNorm, Linear, Scratch, draw
 
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
+
+COMPILED = True
+"""Whether rows are computed by compiled loops on a CPU."""
 
 CACHED_NUMBERS = 2**21
 """Module outputs (numbers) computed together on a CPU; see `ModuleStack`."""
@@ -179,7 +197,7 @@ class RoutedNetwork(nn.Module):
         self.register_buffer("_triangle", row * modules + column, persistent=False)
         order = torch.arange(modules, dtype=torch.float32).view(modules, 1)
         self.register_buffer("_order", order, persistent=False)
-        bar = 1 / torch.arange(2, modules + 2, dtype=torch.float32).view(modules, 1, 1)  # 1/i
+        bar = 1 / torch.arange(2, modules + 2, dtype=torch.float32)  # 1/i
         self.register_buffer("_bar", bar, persistent=False)
         self._triangle: Tensor
         self._order: Tensor
@@ -197,28 +215,66 @@ class RoutedNetwork(nn.Module):
         state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
         task = self.task_encoder()  # (C, T, 1, width)
         hidden = self.router(state * task if self.state_routing else task.expand_as(state))
-        logits = self._routing_logits(hidden)  # (C, M(M+1)/2, T*B)
-        z = self._triangular(logits, -torch.inf)  # (C, M, M, T*B)
-        sources, valid = self._choose(logits.detach(), z.detach(), route, generator, x.shape[2])
-        weights = self._weights(z, sources, valid)  # (C, M, K, T*B)
-
-        copies, tasks, rows = len(z), *x.shape[1:3]
-        suitable = None
-        if torch.is_grad_enabled() and self.resrouting:
-            chance = torch.softmax(z.detach(), 2).gather(2, sources)
-            suitable = chance > self._bar if self.threshold == "above" else chance >= self._bar
+        find = self._compiled_route if _compiled(x) else self._route
+        sources, weights, suitable = find(hidden, route, generator)  # (C, M, K, T*B)
         first = self.first(state).flatten(1, 2)
         mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
+        copies, tasks, rows = hidden.shape[:3]
         output = self.head(mixed.view(copies, tasks, rows, -1))
         shape = (*sources.shape[:3], tasks, rows)
-        return output, Route(sources.view(shape), weights.detach().view(shape))
+        return output, Route(sources.reshape(shape), weights.detach().reshape(shape))
 
-    def _routing_logits(self, hidden: Tensor) -> Tensor:
-        """z as (C, M(M+1)/2, rows), destination after destination."""
+    def _compiled_route(
+        self, hidden: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `_route`, by compiled loops."""
+        logits = self._logits(hidden)
+        given = route if isinstance(route, Tensor) else None
+        score = self._score(logits, route, generator)
+        sources, weights, suitable = _Selection.apply(  # type: ignore[no-untyped-call]
+            logits, score, given, self._bar, self.top_k, self.rescale, self._masks_gradients(),
+            self.threshold == "at_least",
+        )  # fmt: skip
+        return sources, weights, suitable
+
+    def _route(
+        self, hidden: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sources, weights, and whether each is suitable (None: not asked), all (C, M, K, T*B)."""
+        logits = self._logits(hidden)
+        z = self._triangular(logits, -torch.inf)  # (C, M, M, T*B)
+        score = self._score(logits, route, generator)
+        sources, valid = self._choose(score, z.detach(), route)
+        weights = self._weights(z, sources, valid)
+        if not self._masks_gradients():
+            return sources, weights, None
+        chance = torch.softmax(z.detach(), 2).gather(2, sources)
+        bar = self._bar.view(-1, 1, 1)
+        return sources, weights, chance > bar if self.threshold == "above" else chance >= bar
+
+    def _masks_gradients(self) -> bool:
+        return torch.is_grad_enabled() and self.resrouting
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """z as (C, M(M+1)/2, T*B), destination after destination."""
         # A linear layer, with its product transposed so that the rows come last at no cost.
         weight, bias = self.logits.weight, self.logits.bias
-        rows = hidden.flatten(1, 2)
-        return torch.baddbmm(bias.mT, weight.mT, rows.mT)
+        return torch.baddbmm(bias.mT, weight.mT, hidden.flatten(1, 2).mT)
+
+    def _score(
+        self, logits: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """What sources are chosen by, a copy: their logits, or samples of them."""
+        score = logits.detach()
+        if isinstance(route, Tensor) or route == "top_k" or self.top_k == self.modules_count:
+            return score.clone()
+        # The K largest of z / tau + Gumbel noise are K draws without replacement from
+        # softmax(z / tau) (Kool et al. 2019).
+        noise = torch.rand(score.shape, generator=generator, dtype=score.dtype, device=score.device)
+        noise.clamp_min_(1e-12).log_().neg_().log_()
+        tau = self.temperature[:, None, :, None]  # of each task's rows
+        by_task = score.view(*score.shape[:2], tau.shape[2], -1) / tau
+        return by_task.flatten(2).sub_(noise)
 
     def _triangular(self, values: Tensor, elsewhere: float) -> Tensor:
         """Values (C, M(M+1)/2, rows) of the connections as (C, M, M, rows)."""
@@ -226,14 +282,7 @@ class RoutedNetwork(nn.Module):
         padded = values.new_full((copies, modules * modules, rows), elsewhere)
         return padded.index_copy_(1, self._triangle, values).view(copies, modules, modules, rows)
 
-    def _choose(
-        self,
-        logits: Tensor,
-        z: Tensor,
-        route: Choice | Tensor,
-        generator: torch.Generator | None,
-        rows_per_task: int,
-    ) -> tuple[Tensor, Tensor]:
+    def _choose(self, score: Tensor, z: Tensor, route: Choice | Tensor) -> tuple[Tensor, Tensor]:
         """The path: sources (C, M, K, rows), and whether each exists."""
         copies, modules = z.shape[:2]
         order = self._order
@@ -243,15 +292,8 @@ class RoutedNetwork(nn.Module):
         if isinstance(route, Tensor):
             path = route.flatten(1, 2).permute(0, 2, 3, 1).to(z.dtype, copy=True)
             score = path.sub_(1).mul_(-NEVER).expand(copies, -1, -1, -1)
-        elif route == "top_k":
-            score = self._triangular(logits, NEVER)
         else:
-            # The K largest of z / tau + Gumbel noise are K draws without replacement from
-            # softmax(z / tau) (Kool et al. 2019).
-            noise = torch.rand(logits.shape, generator=generator, dtype=z.dtype, device=z.device)
-            noise.clamp_min_(1e-12).log_().neg_().log_()
-            tau = self.temperature[:, None, :, None].expand(-1, 1, -1, rows_per_task)
-            score = self._triangular((logits / tau.flatten(2)).sub_(noise), NEVER)
+            score = self._triangular(score, NEVER)
 
         sources: list[Tensor] = []
         exists: list[Tensor] = []
@@ -306,6 +348,7 @@ class ModuleStack(nn.Module):
         self.bias = nn.Parameter(torch.empty(copies, count, 1, width))
         self.scale = nn.Parameter(torch.ones(copies, count, 1, width)) if layer_norm else None
         self.shift = nn.Parameter(torch.zeros(copies, count, 1, width)) if layer_norm else None
+        self._scratch = Scratch()
 
     def forward(
         self,
@@ -325,16 +368,20 @@ class ModuleStack(nn.Module):
         if first.device.type == "cpu":
             modules = len(self.weight[0]) + 1
             at_once = max(1, CACHED_NUMBERS // (len(first) * modules * first.shape[2]))
-        parts = [
-            _Stack.apply(  # type: ignore[no-untyped-call]
+        parts = []
+        for start in range(0, first.shape[1], at_once):
+            rows = slice(start, start + at_once)
+            of_rows = (
                 first[:, rows], weights[..., rows], self.weight, self.bias, self.scale, self.shift,
                 sources[..., rows], None if suitable is None else suitable[..., rows],
                 shortcut_masked,
-            )
-            for rows in (
-                slice(start, start + at_once) for start in range(0, first.shape[1], at_once)
-            )
-        ]  # fmt: skip
+            )  # fmt: skip
+            if _compiled(first):
+                parts.append(
+                    _CompiledStack.apply(*of_rows, self._scratch, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+                )
+            else:
+                parts.append(_Stack.apply(*of_rows))  # type: ignore[no-untyped-call]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
@@ -468,3 +515,173 @@ def _mix(table: Tensor, index: Tensor, bag: Tensor, factor: Tensor) -> Tensor:
     """sum_k p_k m_{d_k} for each row (N, d), from the outputs (M * N, d) of all modules so far."""
     mixed: Tensor = torch.embedding_bag(table, index, bag, False, 0, False, factor)[0]
     return mixed
+
+
+class _CompiledStack(torch.autograd.Function):
+    """As `_Stack`, its arithmetic between two products in one compiled pass over the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        first: Tensor,
+        weights: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        sources: Tensor,
+        suitable: Tensor | None,
+        shortcut_masked: bool,
+        scratch: Scratch,
+        learning: bool,
+    ) -> Tensor:
+        modules, shape = weights.shape[1], (weights.shape[1], *first.shape)
+        buffers = [scratch.take(first, shape) for _ in range(3)]
+        m, u, x = (b[: math.prod(shape)].view(shape) for b in buffers)  # x[0] is not used
+        m[0] = first
+        m_, u_, x_ = (b.flatten(1, 2).numpy() for b in (m, u, x))
+        inverse = first.new_empty(m_.shape[:2]).numpy()
+        picked, share = _by_row(sources), _by_row(weights)
+        biases, scales, shifts = (_by_module(p, modules - 1, first) for p in (bias, scale, shift))
+        mix(m_, picked[0], share[0], u_[0])
+        for i in range(1, modules):
+            torch.bmm(u[i - 1], weight[:, i - 1], out=x[i])
+            activate(
+                x_[i], biases[i - 1], scales[i - 1], shifts[i - 1], u_[i - 1], inverse[i], m_[i]
+            )
+            mix(m_, picked[i], share[i], u_[i])
+        mixed = u[-1].clone()
+        if learning:
+            ctx.save_for_backward(weight)
+            ctx.buffers, ctx.tensors, ctx.inverse = buffers, (m, u, x), inverse
+            ctx.picked, ctx.share, ctx.scales, ctx.shifts = picked, share, scales, shifts
+            ctx.suitable = _by_row(suitable) if suitable is not None else None
+            ctx.scratch, ctx.shortcut_masked = scratch, shortcut_masked
+        else:
+            scratch.give(*buffers)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.buffers is None:
+            raise RuntimeError("the modules' backward pass can run once only")
+        (weight,) = ctx.saved_tensors
+        m, u, x = ctx.tensors
+        modules, copies, rows, width = m.shape
+        # What destinations have pushed to each module, and what of it may not enter its layer.
+        lanes = 1 if ctx.suitable is None else 2
+        buffers = [ctx.scratch.take(m, m.shape) for _ in range(lanes)]
+        pushed = [b[: m.numel()].zero_().view(modules, copies * rows, width) for b in buffers]
+        absent = m.new_empty(modules, 0, 0)
+        whole, blocked = pushed[0], pushed[1] if lanes == 2 else absent
+        suitable = absent.bool().numpy() if ctx.suitable is None else ctx.suitable
+        g_share = m.new_empty(ctx.share.shape)
+        g_bias, g_scale, g_shift = of_layers = m.new_zeros(3, modules, copies, width)
+        arriving = gradient.clone(memory_format=torch.contiguous_format)  # through the layer
+        arriving_ = arriving.flatten(0, 1).numpy()
+        m_, x_, whole_, blocked_, g_share_, g_bias_, g_scale_, g_shift_ = (
+            b.numpy()
+            for b in (
+                m.flatten(1, 2), x.flatten(1, 2), whole, blocked, g_share, g_bias, g_scale, g_shift
+            )
+        )  # fmt: skip
+        together = arriving_  # and through the shortcut, which the head has not
+        for i in range(modules - 1, -1, -1):
+            push(
+                arriving_, together, m_, ctx.picked[i], ctx.share[i], suitable[i],
+                ctx.shortcut_masked, whole_, blocked_, g_share_[i],
+            )  # fmt: skip
+            if i == 0:
+                break
+            activate_backward(
+                whole_[i], blocked_[i], x_[i], ctx.scales[i - 1], ctx.shifts[i - 1],
+                ctx.inverse[i], g_bias_[i], g_scale_[i], g_shift_[i],
+            )  # fmt: skip
+            torch.bmm(x[i], weight[:, i - 1].mT, out=arriving)
+            whole[i] += arriving.view(-1, width)
+            together = whole_[i]
+        g_first = (whole[0] - blocked[0] if lanes == 2 else whole[0].clone()).view(gradient.shape)
+        learned: list[Tensor | None] = [None] * 4
+        if ctx.needs_input_grad[2]:
+            # x holds the gradients at the products u W by now.
+            g_weight = torch.bmm(u[:-1].flatten(0, 1).mT, x[1:].flatten(0, 1))
+            learned = [g_weight.view(modules - 1, copies, width, width).transpose(0, 1)]
+            learned += [g[1:, :, None].transpose(0, 1) for g in of_layers]
+            learned[2:] = learned[2:] if ctx.needs_input_grad[4] else [None, None]
+        ctx.scratch.give(*ctx.buffers, *buffers)
+        ctx.buffers = ctx.tensors = None
+        g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
+        return g_first, g_weights, *learned, None, None, None, None, None
+
+
+class _Selection(torch.autograd.Function):
+    """Sources, weights and suitability (C, M, K, T*B) from logits (C, L, T*B)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        score: Tensor,
+        given: Tensor | None,
+        bar: Tensor,
+        top_k: int,
+        rescale: bool,
+        suitability: bool,
+        at_least: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        (copies, _, rows), modules = logits.shape, len(bar)
+        z = logits.detach().contiguous()
+        marks = torch.empty(0, modules, dtype=torch.bool) if given is None else given
+        places = torch.empty(copies, modules, top_k, rows, dtype=torch.int32)
+        chosen = z.new_empty(places.shape)
+        choose(
+            z.numpy(), score.contiguous().numpy(), marks.reshape(-1, modules).numpy(),
+            places.numpy(), chosen.numpy(),
+        )  # fmt: skip
+        powers = z.new_empty(0, 0, 0)
+        if suitability or not rescale:
+            powers = torch.empty_like(z)
+            below_largest(z.numpy(), powers.numpy())
+            powers.exp_()
+        shape = (modules, copies * rows, top_k)
+        weights, sources = z.new_empty(shape), torch.empty(shape, dtype=torch.int64)
+        suitable = torch.empty(shape if suitability else (0, 0, 0), dtype=torch.bool)
+        weigh(
+            places.numpy(), torch.softmax(chosen, 2).numpy(), powers.numpy(), rescale, bar.numpy(),
+            at_least, sources.numpy(), weights.numpy(), suitable.numpy(),
+        )  # fmt: skip
+        ctx.save_for_backward(places, powers, weights)
+        ctx.rescale, ctx.shape = rescale, logits.shape
+        outer = [
+            x.view(modules, copies, rows, top_k).permute(1, 0, 3, 2)
+            for x in ((sources, weights, suitable) if suitability else (sources, weights))
+        ]
+        ctx.mark_non_differentiable(*outer[:1], *outer[2:])
+        return outer[0], outer[1], outer[2] if suitability else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _sources: Tensor, gradient: Tensor, _suitable: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        places, powers, weights = (x.numpy() for x in ctx.saved_tensors)
+        g_logits = gradient.new_empty(ctx.shape)
+        weigh_backward(_by_row(gradient), places, powers, ctx.rescale, weights, g_logits.numpy())
+        return g_logits, *(None,) * 7
+
+
+def _compiled(x: Tensor) -> bool:
+    return COMPILED and x.device.type == "cpu"
+
+
+def _by_row(of_route: Tensor) -> NDArray[Any]:
+    """(C, M, K, R) as the kernels read it: (M, C R, K), contiguous."""
+    return of_route.detach().permute(1, 0, 3, 2).flatten(1, 2).contiguous().numpy()
+
+
+def _by_module(parameter: Tensor | None, modules: int, like: Tensor) -> NDArray[Any]:
+    """A parameter (C, M', 1, d) as the kernels read it: (M', C, d), or without entries."""
+    if parameter is None:
+        return like.detach().new_empty(modules, 0, 0).numpy()
+    return parameter.detach()[:, :, 0].transpose(0, 1).contiguous().numpy()

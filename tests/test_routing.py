@@ -137,6 +137,13 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "tensors"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by compiled loops, as on a CPU, and by tensor operations, as elsewhere."""
+    monkeypatch.setattr(routing, "COMPILED", request.param)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("route", ["top_k", "sample"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_values_and_gradients_are_the_equations(options, route) -> None:
@@ -150,6 +157,7 @@ def test_values_and_gradients_are_the_equations(options, route) -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_resrouting_changes_gradients_only_and_code_differs_from_print() -> None:
     x = observations()
     outputs, found = [], []
@@ -192,6 +200,33 @@ def test_gradient_passes_round_an_unsuitable_module(masked: bool) -> None:
     assert suitable.abs().max() > 0
 
 
+@pytest.mark.parametrize("route", ["top_k", "sample"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_compiled_rows_equal_those_of_tensor_operations(
+    options, route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, at the sizes of the papers' modules, with the same noise."""
+    sizes = {"modules": 16, "module_width": 40}
+    network = build(**sizes | options).float()
+    x = torch.randn(1, T, 50, INPUTS, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    found = {}
+    for compiled in (True, False):
+        monkeypatch.setattr(routing, "COMPILED", compiled)
+        output, taken = network(x, route, torch.Generator().manual_seed(1))
+        found[compiled] = {"output": output, **gradients(output, network, x)}
+        found[compiled]["path"] = taken.path()
+    for name, ours in found[True].items():
+        theirs = found[False][name]
+        torch.testing.assert_close(
+            ours,
+            theirs,
+            rtol=1e-3,
+            atol=1e-4 * theirs.abs().max().item() if theirs.is_floating_point() else 0,
+            msg=name,
+        )
+
+
+@pytest.mark.usefixtures("either_way")
 def test_chunks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = build(layer_norm=True), observations().requires_grad_()
     whole, route = network(x, "sample", torch.Generator().manual_seed(1))
@@ -203,6 +238,7 @@ def test_chunks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_frozen_parameters_still_pass_gradients_to_the_input() -> None:
     network = build()
     x = observations().requires_grad_()
@@ -213,6 +249,7 @@ def test_frozen_parameters_still_pass_gradients_to_the_input() -> None:
     torch.testing.assert_close(torch.autograd.grad((output * weight).sum(), x)[0], expected)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_path_holds_k_sources_and_the_largest_ones() -> None:
     network = build()
     x = observations()
@@ -229,6 +266,7 @@ def test_a_path_holds_k_sources_and_the_largest_ones() -> None:
     assert torch.allclose(greedy.matrix().sum(-1), torch.ones(C, T, B, M, dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("either_way")
 def test_equal_logits_give_whole_paths() -> None:
     network = build()
     with torch.no_grad():
@@ -239,6 +277,7 @@ def test_equal_logits_give_whole_paths() -> None:
     assert path[..., 1:, :2].all()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_sampling_without_replacement_has_the_exact_frequencies() -> None:
     """P(d = {a, b}) = q_a q_b / (1 - q_a) + q_b q_a / (1 - q_b), q = softmax(z / tau_T)."""
     network = build(copies=1)
@@ -261,6 +300,7 @@ def test_sampling_without_replacement_has_the_exact_frequencies() -> None:
             assert abs(seen - exact) < 5 * math.sqrt(exact * (1 - exact) / draws) + 1e-9
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_given_path_is_taken() -> None:
     network = build()
     x = observations()

@@ -1,0 +1,324 @@
+"""Inner loops of the routed network, compiled for the CPU (numba).
+
+Between two matrix products of `algorithms.routing` lies a little arithmetic on every row: choosing
+sources, mixing them, normalising, rectifying. As tensor operations it costs several times the
+products at the sizes of the reduced presets; here all of it between two products is one pass over
+the rows. The formulas, and the same in tensor operations for other devices, are in
+`algorithms.routing`.
+
+Symbols: N = C R rows of all C copies together, M modules, K sources per destination, d the width of
+a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
+view of each row would cost more than its arithmetic. An optional array is absent when it is empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_LOOSE = {"reassoc", "contract", "arcp", "nsz"}
+"""Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning."""
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def choose(
+    z: Array,
+    score: Array,
+    given: Array,
+    places: Array,
+    chosen: Array,
+) -> None:
+    """The K sources of each destination of largest score, the first of equals, or those given.
+
+    ``z``, ``score`` (C, L, R): routing logits of the L = M (M + 1) / 2 connections, destination
+    after destination, and what to choose by, which is overwritten. ``given`` (N' M, M, optional):
+    row n chooses what is marked for n modulo N'. Writes the indices ``places`` and the logits
+    ``chosen`` (C, M, K, R), 0 and -inf where a destination has fewer sources.
+    """
+    copies, modules, most, rows = places.shape
+    highest = np.empty(rows, z.dtype)
+    for c in range(copies):
+        for i in range(modules):
+            start, count = i * (i + 1) // 2, i + 1
+            for k in range(most):
+                found, logit = places[c, i, k], chosen[c, i, k]
+                found[:] = 0
+                logit[:] = -np.inf
+                if given.shape[0] > 0 or k >= count:
+                    continue
+                highest[:] = -np.inf
+                for j in range(count):
+                    contender, place = score[c, start + j], np.int32(j)
+                    for n in range(rows):  # vectorised: no branch
+                        above = contender[n] > highest[n]
+                        highest[n] = contender[n] if above else highest[n]
+                        found[n] = place if above else found[n]
+                for n in range(rows):
+                    logit[n] = z[c, start + found[n], n]
+                    score[c, start + found[n], n] = -np.inf
+            if given.shape[0] > 0:
+                for n in range(rows):
+                    marks, k = (c * rows + n) * modules % given.shape[0] + i, 0
+                    for j in range(count):
+                        if given[marks, j] and k < most:
+                            places[c, i, k, n] = j
+                            chosen[c, i, k, n] = z[c, start + j, n]
+                            k += 1
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def below_largest(
+    z: Array,
+    out: Array,
+) -> None:
+    """Each logit less the largest of its destination, both (C, L, R)."""
+    copies, connections, rows = z.shape
+    largest = np.empty(rows, z.dtype)
+    for c in range(copies):
+        i = start = 0
+        while start < connections:
+            largest[:] = z[c, start]
+            for j in range(start, start + i + 1):
+                for n in range(rows):
+                    largest[n] = max(largest[n], z[c, j, n])
+            for j in range(start, start + i + 1):
+                for n in range(rows):
+                    out[c, j, n] = z[c, j, n] - largest[n]
+            i += 1
+            start += i
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def weigh(
+    places: Array,
+    inside: Array,
+    powers: Array,
+    rescale: bool,
+    bar: Array,
+    at_least: bool,
+    sources: Array,
+    weights: Array,
+    suitable: Array,
+) -> None:
+    """``sources``, ``weights`` and ``suitable`` (optional), all (M, N, K), of the places chosen.
+
+    ``inside`` (C, M, K, R): the softmax over what is chosen, the weights if ``rescale``; otherwise
+    those over all sources are. ``powers`` (C, L, R, needed for these and for ``suitable``): e to
+    the logits, up to a factor for each destination. Suitable: a share of all above ``bar`` (M,), or
+    at least that. What fills up a destination of fewer than K sources is suitable, at weight 0.
+    """
+    copies, modules, most, rows = places.shape
+    for c in range(copies):
+        for i in range(modules):
+            start, count = i * (i + 1) // 2, i + 1
+            for n in range(rows):
+                row = c * rows + n
+                total = bar[0] * 0
+                if powers.shape[0] > 0:
+                    for j in range(count):
+                        total += powers[c, start + j, n]
+                for k in range(most):
+                    place = places[c, i, k, n]
+                    sources[i, row, k] = place
+                    weight = inside[c, i, k, n]
+                    if powers.shape[0] > 0:
+                        share = powers[c, start + place, n] / total
+                        if not rescale:
+                            weight = share if k < count else share * 0
+                        if suitable.shape[0] > 0:
+                            enough = share >= bar[i] if at_least else share > bar[i]
+                            suitable[i, row, k] = enough or k >= count
+                    weights[i, row, k] = weight
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def weigh_backward(
+    gradient: Array,
+    places: Array,
+    powers: Array,
+    rescale: bool,
+    weights: Array,
+    out: Array,
+) -> None:
+    """The gradient at the logits, ``out`` (C, L, R), from that at the weights (M, N, K)."""
+    copies, modules, most, rows = places.shape
+    for c in range(copies):
+        for i in range(modules):
+            start, count = i * (i + 1) // 2, i + 1
+            out[c, start : start + count] = 0
+            for n in range(rows):
+                row = c * rows + n
+                mean = out[c, start, n]  # zero, of the right type
+                for k in range(min(most, count)):
+                    mean += weights[i, row, k] * gradient[i, row, k]
+                if rescale:
+                    for k in range(min(most, count)):
+                        place = start + places[c, i, k, n]
+                        out[c, place, n] = weights[i, row, k] * (gradient[i, row, k] - mean)
+                    continue
+                total = out[c, start, n]
+                for j in range(count):
+                    total += powers[c, start + j, n]
+                for j in range(count):
+                    out[c, start + j, n] = -mean * powers[c, start + j, n] / total
+                for k in range(min(most, count)):
+                    place = start + places[c, i, k, n]
+                    out[c, place, n] += weights[i, row, k] * gradient[i, row, k]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def mix(
+    m: Array,
+    sources: Array,
+    weights: Array,
+    u: Array,
+) -> None:
+    """u = sum_k p_k m_{d_k}: ``u`` (N, d) from ``m`` (M, N, d), by sources and weights (N, K)."""
+    rows, width = u.shape
+    for n in range(rows):
+        for k in range(sources.shape[1]):
+            j, p = sources[n, k], weights[n, k]
+            if k == 0:
+                for w in range(width):
+                    u[n, w] = p * m[j, n, w]
+            else:
+                for w in range(width):
+                    u[n, w] += p * m[j, n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def activate(
+    x: Array,
+    bias: Array,
+    scale: Array,
+    shift: Array,
+    u: Array,
+    inverse: Array,
+    m: Array,
+) -> None:
+    """m = ReLU(LayerNorm(x + b)) + u for one module, without LayerNorm where ``scale`` is absent.
+
+    ``x`` (N, d): the product u W; left with what the backward pass needs, the normalised input or
+    that before the ReLU. ``inverse`` (N,): 1 over the standard deviation. ``bias``, ``scale``,
+    ``shift`` (C, d).
+    """
+    rows, width = x.shape
+    per_copy = rows // bias.shape[0]
+    kind = x.dtype.type  # whole numbers would turn float32 into float64
+    zero, one, epsilon = kind(0), kind(1), kind(1e-5)
+    part = one / kind(width)
+    for n in range(rows):
+        c = n // per_copy
+        if scale.shape[0] > 0:
+            mean = variance = zero
+            for w in range(width):
+                x[n, w] += bias[c, w]
+                mean += x[n, w]
+            mean *= part
+            for w in range(width):
+                x[n, w] -= mean
+                variance += x[n, w] * x[n, w]
+            factor = one / np.sqrt(variance * part + epsilon)
+            inverse[n] = factor
+            for w in range(width):
+                x[n, w] *= factor
+                m[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero) + u[n, w]
+        else:
+            for w in range(width):
+                x[n, w] += bias[c, w]
+                m[n, w] = max(x[n, w], zero) + u[n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def push(
+    a: Array,
+    t: Array,
+    m: Array,
+    sources: Array,
+    weights: Array,
+    suitable: Array,
+    masked: bool,
+    whole: Array,
+    blocked: Array,
+    g_weights: Array,
+) -> None:
+    """Add one destination's gradient to the sums of its sources, and take that at its weights.
+
+    ``a`` (N, d): the gradient at its input u through its layer; ``t`` that and the shortcut's
+    together. ``whole`` (M, N, d): sums at u_j. ``blocked`` (M, N, d, optional): the part that may
+    not enter the layer of j, where ``suitable`` (N, K, optional) is false; of ``t`` if ``masked``,
+    else of ``a``.
+    """
+    rows, width = a.shape
+    zero = a.dtype.type(0)
+    for n in range(rows):
+        for k in range(sources.shape[1]):
+            j, p = sources[n, k], weights[n, k]
+            product = zero
+            for w in range(width):
+                product += t[n, w] * m[j, n, w]
+                whole[j, n, w] += p * t[n, w]
+            g_weights[n, k] = product
+            if suitable.shape[0] > 0 and not suitable[n, k]:
+                if masked:
+                    for w in range(width):
+                        blocked[j, n, w] += p * t[n, w]
+                else:
+                    for w in range(width):
+                        blocked[j, n, w] += p * a[n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def activate_backward(
+    g: Array,
+    blocked: Array,
+    x: Array,
+    scale: Array,
+    shift: Array,
+    inverse: Array,
+    g_bias: Array,
+    g_scale: Array,
+    g_shift: Array,
+) -> None:
+    """From the gradient ``g`` (N, d) at m to that at the product u W, written over ``x``.
+
+    ``blocked`` (N, d, optional) is taken from ``g``, which is left as it was. The gradients of
+    bias, scale and shift (C, d) are added to.
+    """
+    rows, width = x.shape
+    per_copy = rows // g_bias.shape[0]
+    kind = x.dtype.type
+    zero, part = kind(0), kind(1) / kind(width)
+    arriving = np.empty(width, x.dtype)
+    for n in range(rows):
+        c = n // per_copy
+        if blocked.shape[0] > 0:
+            for w in range(width):
+                arriving[w] = g[n, w] - blocked[n, w]
+        else:
+            for w in range(width):
+                arriving[w] = g[n, w]
+        if scale.shape[0] > 0:
+            mean = along = zero
+            for w in range(width):
+                value = arriving[w] if x[n, w] * scale[c, w] + shift[c, w] > zero else zero
+                g_scale[c, w] += value * x[n, w]
+                g_shift[c, w] += value
+                value *= scale[c, w]
+                mean += value
+                along += value * x[n, w]
+                arriving[w] = value
+            mean *= part
+            along *= part
+            for w in range(width):
+                x[n, w] = inverse[n] * (arriving[w] - mean - x[n, w] * along)
+                g_bias[c, w] += x[n, w]
+        else:
+            for w in range(width):
+                x[n, w] = arriving[w] if x[n, w] > zero else zero
+                g_bias[c, w] += x[n, w]
