@@ -16,7 +16,7 @@ Departures, alike for all algorithms:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -202,7 +202,7 @@ class SAC(Agent):
         critic_loss = (q - target).square().mean((2, 3)).sum(0)  # (T,)
 
         action, log_prob = self.sample(batch.obs, "policy", batch.extras)
-        with frozen(self.critic):
+        with frozen(learned(self.critic_optimizer)):
             q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
         actor_loss = (alpha * log_prob - q_policy).mean((1, 2))  # (T,)
 
@@ -276,8 +276,8 @@ class SAC(Agent):
             optimizer.zero_grad()
         torch.autograd.backward(loss)
         if self.config.grad_clip is not None:
-            for network in (self.actor, self.critic):
-                clip_slices(network.parameters(), self.config.grad_clip, self.INDEPENDENT_AXES)
+            for optimizer in (self.actor_optimizer, self.critic_optimizer):
+                clip_slices(learned(optimizer), self.config.grad_clip, self.INDEPENDENT_AXES)
         for optimizer in optimizers:
             optimizer.step()
         if self.config.alpha_max is not None:
@@ -384,16 +384,21 @@ def listed(tasks: tuple[str, ...], which: np.ndarray) -> str:
     return f"{len(names)} of {len(tasks)} tasks ({shown})"
 
 
+def learned(optimizer: torch.optim.Adam) -> list[Tensor]:
+    """The parameters of a network that learn, found faster than by a walk through its layers."""
+    parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+    return parameters
+
+
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Build no graph towards the parameters of ``network``; towards its input as usual."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    for parameter in trained:
+def frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Build no graph towards ``parameters``; through what uses them as usual."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 

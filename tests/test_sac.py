@@ -18,7 +18,7 @@ from torch.distributions.transforms import TanhTransform
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
 from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
-from algorithms.sac import clip_slices, frozen
+from algorithms.sac import clip_slices, frozen, learned
 from suites.base import SuiteSpec
 
 T, B, O, A = 3, 6, 5, 2  # noqa: E741
@@ -350,7 +350,7 @@ def test_clipping_is_per_copy_and_equals_torchs() -> None:
 def test_actor_loss_reaches_the_action_but_not_the_critic() -> None:
     agent = make_agent()
     action = make_batch().action.requires_grad_(True)
-    with frozen(agent.critic):
+    with frozen(learned(agent.critic_optimizer)):
         q = agent.value(agent.critic, make_batch().obs, action, "policy")
     q.sum().backward()
     assert action.grad is not None
