@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from algorithms.agent import Batch, History, Plan
 from algorithms.genetic import Community, GeneticSettings, decode, length, stage_of
-from algorithms.mega import CAUSES, MEGA, Decoder, Evolution, GenotypeNetwork, MEGAConfig
+from algorithms.mega import CAUSES, MEGA, Evolution, MEGAConfig
 from algorithms.nn import LayerNorm, Linear, initialise
+from algorithms.wiring import Decoder, GenotypeNetwork
 from suites.base import Episode, SuiteSpec
 
 MLP: dict[str, Any] = {"width": 16, "module_width": 8, "critic": "mlp", "depth": 2}
