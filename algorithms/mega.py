@@ -2,8 +2,8 @@
 
 "Model Evolution Framework with Genetic Algorithm for Multi-Task Reinforcement Learning",
 arXiv 2502.13569. Genotypes, their weights and the genetic algorithm are in `algorithms.genetic`
-(Eq. 5-9, Alg. 1-5), the network that they wire is in `algorithms.wiring` (Eq. 3 and 4); here are
-the growth of a task's stage (Sec. 4.4), and which genotype acts, learns and is evaluated (Sec. 4.3).
+(Eq. 5-9, Alg. 1-5), the network that they wire in `algorithms.wiring` (Eq. 3 and 4); here are the
+growth of a stage (Sec. 4.4), and which genotype acts, learns and is evaluated (Sec. 4.3).
 
 Symbols: a task at *stage* N owns genotypes that wire the modules M_1 .. M_N; m_k is the output of
 M_k, m_0 the embedded state, w_{i,j} the weight with which M_i reads m_j. T tasks, B rows per task,
