@@ -1,10 +1,10 @@
-"""Inner loops of the routed network, compiled for the CPU (numba).
+"""Inner loops of the networks, compiled for the CPU (numba).
 
-Between two matrix products of `algorithms.routing` lies a little arithmetic on every row: choosing
-sources, mixing them, normalising, rectifying. As tensor operations it costs several times the
+Between two matrix products lies a little arithmetic on every row: normalising, rectifying, and in
+the routed network choosing sources and mixing them. As tensor operations it costs several times the
 products at the sizes of the reduced presets; here all of it between two products is one pass over
-the rows. The formulas, and the same in tensor operations for other devices, are in
-`algorithms.routing`.
+the rows. The formulas, and the same in tensor operations for other devices, are in `algorithms.nn`
+and `algorithms.routing`.
 
 Symbols: N = C R rows of all C copies together, M modules, K sources per destination, d the width of
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
@@ -193,31 +193,27 @@ def mix(
 
 @njit(cache=True, fastmath=_LOOSE, error_model="numpy")
 def activate(
-    x: Array,
-    bias: Array,
-    scale: Array,
-    shift: Array,
-    u: Array,
-    inverse: Array,
-    m: Array,
+    x: Array, bias: Array, scale: Array, shift: Array, u: Array, inverse: Array, out: Array
 ) -> None:
-    """m = ReLU(LayerNorm(x + b)) + u for one module, without LayerNorm where ``scale`` is absent.
+    """out = ReLU(LayerNorm(x + b)) + u, without LayerNorm where ``scale`` is absent.
 
-    ``x`` (N, d): the product u W; left with what the backward pass needs, the normalised input or
-    that before the ReLU. ``inverse`` (N,): 1 over the standard deviation. ``bias``, ``scale``,
-    ``shift`` (C, d).
+    ``x`` (N, d): a product with weights; left with what the backward pass needs, the normalised
+    input or that before the ReLU; ``out`` may be the same array if there is no LayerNorm and no
+    ``u`` (N, d, optional). ``inverse`` (N,): 1 over the standard deviation. ``bias`` (G, d),
+    ``scale`` and ``shift`` (C, d): each serves so many rows in a row, G and C divide N.
     """
     rows, width = x.shape
-    per_copy = rows // bias.shape[0]
+    per_bias, per_scale = rows // bias.shape[0], rows // max(scale.shape[0], 1)
     kind = x.dtype.type  # whole numbers would turn float32 into float64
     zero, one, epsilon = kind(0), kind(1), kind(1e-5)
     part = one / kind(width)
     for n in range(rows):
-        c = n // per_copy
+        g = n // per_bias
         if scale.shape[0] > 0:
+            c = n // per_scale
             mean = variance = zero
             for w in range(width):
-                x[n, w] += bias[c, w]
+                x[n, w] += bias[g, w]
                 mean += x[n, w]
             mean *= part
             for w in range(width):
@@ -227,11 +223,69 @@ def activate(
             inverse[n] = factor
             for w in range(width):
                 x[n, w] *= factor
-                m[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero) + u[n, w]
+                out[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero)
         else:
             for w in range(width):
-                x[n, w] += bias[c, w]
-                m[n, w] = max(x[n, w], zero) + u[n, w]
+                x[n, w] += bias[g, w]
+                out[n, w] = max(x[n, w], zero)
+        if u.shape[0] > 0:
+            for w in range(width):
+                out[n, w] += u[n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def activate_backward(
+    gradient: Array,
+    blocked: Array,
+    x: Array,
+    scale: Array,
+    shift: Array,
+    inverse: Array,
+    out: Array,
+    g_bias: Array,
+    g_scale: Array,
+    g_shift: Array,
+) -> None:
+    """From the gradient (N, d) after the ReLU, less ``blocked`` (N, d, optional), to that at x.
+
+    ``x`` and ``inverse`` are what `activate` left; the result goes to ``out``, which may be ``x``.
+    The gradients of bias (G, d), scale and shift (C, d) are added to.
+    """
+    rows, width = x.shape
+    per_bias, per_scale = rows // g_bias.shape[0], rows // max(scale.shape[0], 1)
+    kind = x.dtype.type
+    zero, part = kind(0), kind(1) / kind(width)
+    arriving = np.empty(width, x.dtype)
+    for n in range(rows):
+        g = n // per_bias
+        if blocked.shape[0] > 0:
+            for w in range(width):
+                arriving[w] = gradient[n, w] - blocked[n, w]
+        else:
+            for w in range(width):
+                arriving[w] = gradient[n, w]
+        if scale.shape[0] > 0:
+            c = n // per_scale
+            mean = along = zero
+            for w in range(width):
+                value = arriving[w] if x[n, w] * scale[c, w] + shift[c, w] > zero else zero
+                g_scale[c, w] += value * x[n, w]
+                g_shift[c, w] += value
+                value *= scale[c, w]
+                mean += value
+                along += value * x[n, w]
+                arriving[w] = value
+            mean *= part
+            along *= part
+            for w in range(width):
+                value = inverse[n] * (arriving[w] - mean - x[n, w] * along)
+                g_bias[g, w] += value
+                out[n, w] = value
+        else:
+            for w in range(width):
+                value = arriving[w] if x[n, w] > zero else zero
+                g_bias[g, w] += value
+                out[n, w] = value
 
 
 @njit(cache=True, fastmath=_LOOSE, error_model="numpy")
@@ -271,54 +325,3 @@ def push(
                 else:
                     for w in range(width):
                         blocked[j, n, w] += p * a[n, w]
-
-
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
-def activate_backward(
-    g: Array,
-    blocked: Array,
-    x: Array,
-    scale: Array,
-    shift: Array,
-    inverse: Array,
-    g_bias: Array,
-    g_scale: Array,
-    g_shift: Array,
-) -> None:
-    """From the gradient ``g`` (N, d) at m to that at the product u W, written over ``x``.
-
-    ``blocked`` (N, d, optional) is taken from ``g``, which is left as it was. The gradients of
-    bias, scale and shift (C, d) are added to.
-    """
-    rows, width = x.shape
-    per_copy = rows // g_bias.shape[0]
-    kind = x.dtype.type
-    zero, part = kind(0), kind(1) / kind(width)
-    arriving = np.empty(width, x.dtype)
-    for n in range(rows):
-        c = n // per_copy
-        if blocked.shape[0] > 0:
-            for w in range(width):
-                arriving[w] = g[n, w] - blocked[n, w]
-        else:
-            for w in range(width):
-                arriving[w] = g[n, w]
-        if scale.shape[0] > 0:
-            mean = along = zero
-            for w in range(width):
-                value = arriving[w] if x[n, w] * scale[c, w] + shift[c, w] > zero else zero
-                g_scale[c, w] += value * x[n, w]
-                g_shift[c, w] += value
-                value *= scale[c, w]
-                mean += value
-                along += value * x[n, w]
-                arriving[w] = value
-            mean *= part
-            along *= part
-            for w in range(width):
-                x[n, w] = inverse[n] * (arriving[w] - mean - x[n, w] * along)
-                g_bias[c, w] += x[n, w]
-        else:
-            for w in range(width):
-                x[n, w] = arriving[w] if x[n, w] > zero else zero
-                g_bias[c, w] += x[n, w]

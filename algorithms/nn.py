@@ -14,7 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from algorithms.kernels import activate, activate_backward
 
 Init = Literal["authors", "torch"]
 
@@ -141,6 +144,103 @@ class LayerNorm(nn.Module):
             self.shift.fill_(0)
 
 
+COMPILED = True
+"""Whether the arithmetic between matrix products is compiled on a CPU (`algorithms.kernels`)."""
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether to compute at ``x`` by compiled loops; otherwise by tensor operations."""
+    return COMPILED and x.device.type == "cpu"
+
+
+class Layers(nn.Sequential):
+    """Layers in a row; on a CPU, a linear one and what follows up to its ReLU are one step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of all layers in turn."""
+        if not compiled(x):
+            for layer in self:
+                x = layer(x)
+            return x
+        waiting = list(self)
+        while waiting:
+            match waiting:
+                case [Linear() | ModuleLinear() as linear, LayerNorm() as norm, nn.ReLU(), *after]:
+                    x = _rectified(x, linear, norm)
+                case [Linear() | ModuleLinear() as linear, nn.ReLU(), *after]:
+                    x = _rectified(x, linear, None)
+                case [layer, *after]:
+                    x = layer(x)
+            waiting = after
+        return x
+
+
+def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None) -> Tensor:
+    """ReLU(LayerNorm(linear(x))), without LayerNorm if there is none."""
+    weight = linear.weight.flatten(0, -3)  # (G, inputs, outputs): copies, or copies and modules
+    kept = linear.weight.dim() - 2  # axes of these
+    lead = [max(a, b) for a, b in zip(x.shape, linear.weight.shape[:kept], strict=False)]
+    rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
+    bias: Tensor = linear.bias
+    if linear.task_bias is not None:
+        bias = bias.unsqueeze(-3) + linear.task_bias
+    y: Tensor = _Rectified.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias.flatten(0, -2),
+        None if norm is None else norm.scale.flatten(0, 2),
+        None if norm is None else norm.shift.flatten(0, 2),
+    )  # fmt: skip
+    return y.view(*lead, *x.shape[kept:-1], -1)
+
+
+class _Rectified(torch.autograd.Function):
+    """ReLU(LayerNorm(x W + b)) of rows (G, R, inputs), its arithmetic in one compiled pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+    ) -> Tensor:
+        pre = torch.bmm(x, weight)
+        rows, normed = pre.flatten(0, 1), scale is not None
+        y = torch.empty_like(pre) if normed else pre
+        inverse = pre.new_empty(len(rows) if normed else 0)
+        absent = pre.new_empty(0, 0)
+        scales, shifts = (absent if p is None else p.detach() for p in (scale, shift))
+        activate(
+            rows.numpy(), bias.detach().numpy(), scales.numpy(), shifts.numpy(), absent.numpy(),
+            inverse.numpy(), y.flatten(0, 1).numpy(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, pre, inverse, scales, shifts)
+        ctx.groups = len(bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, pre, inverse, scale, shift = ctx.saved_tensors
+        g_pre = torch.empty_like(pre)
+        of_bias, of_scale, of_shift = (
+            pre.new_zeros(count, pre.shape[-1]) for count in (ctx.groups, len(scale), len(scale))
+        )
+        activate_backward(
+            gradient.contiguous().flatten(0, 1).numpy(), pre.new_empty(0, 0).numpy(),
+            pre.flatten(0, 1).numpy(), scale.numpy(), shift.numpy(), inverse.numpy(),
+            g_pre.flatten(0, 1).numpy(), of_bias.numpy(), of_scale.numpy(), of_shift.numpy(),
+        )  # fmt: skip
+        wanted = ctx.needs_input_grad
+        return (
+            torch.bmm(g_pre, weight.mT) if wanted[0] else None,
+            torch.bmm(x.mT, g_pre) if wanted[1] else None,
+            of_bias if wanted[2] else None,
+            of_scale if wanted[3] else None,
+            of_shift if wanted[4] else None,
+        )
+
+
 class Scratch:
     """Buffers for what lives from a forward pass to its backward pass, used again and again.
 
@@ -177,7 +277,7 @@ def mlp(
     one_hot: int = 0,
     layer_norm: bool = False,
     modules: int | None = None,
-) -> nn.Sequential:
+) -> Layers:
     """Linear (-> LayerNorm) -> ReLU for each hidden width, then a linear output unless None.
 
     ``modules``: so many such networks side by side (`ModuleLinear`).
@@ -197,7 +297,7 @@ def mlp(
         inputs, one_hot = width, 0
     if outputs is not None:
         layers.append(linear(outputs, last=True))
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 def initialise(network: nn.Module, scheme: Init, generator: torch.Generator) -> None:

@@ -45,13 +45,10 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import Init, LayerNorm, Linear, Scratch, draw
+from algorithms.nn import Init, LayerNorm, Layers, Linear, Scratch, compiled, draw
 
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
-
-COMPILED = True
-"""Whether rows are computed by compiled loops on a CPU."""
 
 CACHED_NUMBERS = 2**21
 """Module outputs (numbers) computed together on a CPU; see `ModuleStack`."""
@@ -175,17 +172,17 @@ class RoutedNetwork(nn.Module):
         def norm(units: int) -> list[nn.Module]:
             return [LayerNorm(units, copies=copies)] if layer_norm else []
 
-        self.state_encoder = nn.Sequential(
+        self.state_encoder = Layers(
             Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
             Linear(width, width, copies=copies), *norm(width),
         )  # fmt: skip
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
-        self.router = nn.Sequential(
+        self.router = Layers(
             Linear(width, router_width, copies=copies), nn.ReLU(),
             Linear(router_width, router_width, copies=copies), nn.ReLU(),
         )  # fmt: skip
         self.logits = Linear(router_width, modules * (modules + 1) // 2, copies=copies)
-        self.first = nn.Sequential(
+        self.first = Layers(
             nn.ReLU(), Linear(width, module_width, copies=copies), *norm(module_width), nn.ReLU()
         )
         self.rest = ModuleStack(modules - 1, module_width, copies=copies, layer_norm=layer_norm)
@@ -215,7 +212,7 @@ class RoutedNetwork(nn.Module):
         state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
         task = self.task_encoder()  # (C, T, 1, width)
         hidden = self.router(state * task if self.state_routing else task.expand_as(state))
-        find = self._compiled_route if _compiled(x) else self._route
+        find = self._compiled_route if compiled(x) else self._route
         sources, weights, suitable = find(hidden, route, generator)  # (C, M, K, T*B)
         first = self.first(state).flatten(1, 2)
         mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
@@ -376,7 +373,7 @@ class ModuleStack(nn.Module):
                 sources[..., rows], None if suitable is None else suitable[..., rows],
                 shortcut_masked,
             )  # fmt: skip
-            if _compiled(first):
+            if compiled(first):
                 parts.append(
                     _CompiledStack.apply(*of_rows, self._scratch, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
                 )
@@ -596,7 +593,7 @@ class _CompiledStack(torch.autograd.Function):
                 break
             activate_backward(
                 whole_[i], blocked_[i], x_[i], ctx.scales[i - 1], ctx.shifts[i - 1],
-                ctx.inverse[i], g_bias_[i], g_scale_[i], g_shift_[i],
+                ctx.inverse[i], x_[i], g_bias_[i], g_scale_[i], g_shift_[i],
             )  # fmt: skip
             torch.bmm(x[i], weight[:, i - 1].mT, out=arriving)
             whole[i] += arriving.view(-1, width)
@@ -669,10 +666,6 @@ class _Selection(torch.autograd.Function):
         g_logits = gradient.new_empty(ctx.shape)
         weigh_backward(_by_row(gradient), places, powers, ctx.rescale, weights, g_logits.numpy())
         return g_logits, *(None,) * 7
-
-
-def _compiled(x: Tensor) -> bool:
-    return COMPILED and x.device.type == "cpu"
 
 
 def _by_row(of_route: Tensor) -> NDArray[Any]:

@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.nn import LayerNorm, Linear, ModuleLinear
+from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
 from algorithms.routing import TaskEncoder
 from algorithms.sac import SAC, SACConfig
 
@@ -121,14 +121,14 @@ class SoftModuleNetwork(nn.Module):
         def norm(units: int) -> list[nn.Module]:
             return [LayerNorm(units, copies=copies)] if layer_norm else []
 
-        self.state_encoder = nn.Sequential(
+        self.state_encoder = Layers(
             Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
             Linear(width, width, copies=copies), *norm(width),
         )  # fmt: skip
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
 
         routing = router_width if code else width
-        self.features = nn.Sequential(
+        self.features = Layers(
             Linear(width, routing, copies=copies), nn.ReLU(),
             Linear(routing, routing, copies=copies),
         ) if code else nn.Identity()  # fmt: skip

@@ -140,7 +140,7 @@ OPTIONS = {
 @pytest.fixture(params=[True, False], ids=["compiled", "tensors"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows by compiled loops, as on a CPU, and by tensor operations, as elsewhere."""
-    monkeypatch.setattr(routing, "COMPILED", request.param)
+    monkeypatch.setattr("algorithms.nn.COMPILED", request.param)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -211,7 +211,7 @@ def test_compiled_rows_equal_those_of_tensor_operations(
     x = torch.randn(1, T, 50, INPUTS, generator=torch.Generator().manual_seed(4)).requires_grad_()
     found = {}
     for compiled in (True, False):
-        monkeypatch.setattr(routing, "COMPILED", compiled)
+        monkeypatch.setattr("algorithms.nn.COMPILED", compiled)
         output, taken = network(x, route, torch.Generator().manual_seed(1))
         found[compiled] = {"output": output, **gradients(output, network, x)}
         found[compiled]["path"] = taken.path()

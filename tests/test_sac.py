@@ -421,6 +421,29 @@ def test_stacked_twins_with_task_biases_equal_separate_nets_on_a_one_hot(layer_n
         assert parameters == sum(p.numel() // 2 for p in stacked.parameters())
 
 
+@pytest.mark.parametrize("modules", [None, 3])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_compiled_layers_equal_those_of_tensor_operations(
+    layer_norm: bool, modules: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"copies": 2, "one_hot": T, "layer_norm": layer_norm, "modules": modules}
+    network = mlp(O, [7, 6], 4, **options).double()
+    initialise(network, "torch", torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+    x = make_batch().obs[None].requires_grad_()  # one copy for both
+    x = x if modules is None else x[:, None]
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr("algorithms.nn.COMPILED", compiled)
+        y = network(x)
+        weight = torch.arange(1.0, 1 + y.numel(), dtype=y.dtype).view_as(y).sin()
+        found.append([y, *torch.autograd.grad((y * weight).sum(), [x, *network.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_task_heads_equal_a_layer_each() -> None:
     layer = TaskLinear(T, O, 4, copies=2).double()
     initialise(layer, "torch", torch.Generator().manual_seed(0))
