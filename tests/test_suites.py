@@ -20,11 +20,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT50_V3
+from scipy.spatial.transform import Rotation
 
 import suites
 from suites.base import SimulatorError, Step, Suite, SuiteSpec, VectorEnv, stream
 from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
 from suites.metaworld import _Sawyer, benchmark_positions
+from suites.sawyer import _Orientation
 
 SMALL = "custom_rand:reach-v3+peg-insert-side-v3"
 SMALL_FIXED = "custom_fixed:reach-v3+peg-insert-side-v3"
@@ -195,6 +197,16 @@ def test_every_task_steps_as_metaworld_does(part: int) -> None:
     env = suite.make(seed=0)
     check_against_bare(suite, env, episodes=4)
     env.close()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1e-6))
+def test_orientations_are_scipys_bit_for_bit(seed: int, noise: float) -> None:
+    """Of rotations by any angle, of quarter turns, and of what is not quite a rotation."""
+    rng = np.random.default_rng(seed)
+    angles = np.where(rng.random(3) < 0.5, rng.integers(4, size=3) * np.pi / 2, rng.random(3))
+    matrix = Rotation.from_euler("xyz", angles).as_matrix() + noise * rng.normal(size=(3, 3))
+    expected = Rotation.from_matrix(matrix).as_quat()
+    np.testing.assert_array_equal(_Orientation.from_matrix(matrix).as_quat(), expected)
 
 
 def test_shapes_dtypes_and_visible_goal(mt10: Any) -> None:
