@@ -1,9 +1,9 @@
 """A step of Meta-World's robot without the detours, bit for bit what metaworld computes.
 
-Physics is a fifth to a third of metaworld's step. Its classes, rewards and rules of success are used
-as they are; replaced is what stands around them and is the same in every task: applying the action,
-assembling the observation, orientations as quaternions, and the search through the contacts for
-those of the fingers. The tests compare all tasks, step by step.
+Physics is a fifth to a third of metaworld's step. Its classes, rewards and rules of success are
+used as they are; replaced is what stands around them and is the same in every task: applying the
+action, assembling the observation, orientations as quaternions, and the search through the contacts
+for those of the fingers. The tests compare all tasks, step by step.
 """
 
 from __future__ import annotations
