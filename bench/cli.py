@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -641,38 +643,56 @@ def params(
 
 @app.command()
 def speed(
-    suite: Annotated[str, typer.Option("--suite", help="The suite.")] = "mt10_rand",
+    suite: Annotated[str, typer.Option("--suite", help="Suites, comma-separated.")] = "mt10_rand",
     algos: Annotated[str | None, typer.Option("--algos", help="Default: all algorithms.")] = None,
-    preset: Preset = "paper",
-    threads: Threads = 1,
+    preset: Annotated[str, typer.Option("--preset", help="Presets, comma-separated.")] = "paper",
+    threads: Annotated[
+        str, typer.Option("--threads", help="Threads, comma-separated; all: every core.")
+    ] = "1",
     device: Device = "auto",
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Of measuring, per algorithm.")
+        float, typer.Option("--seconds", min=0.0, help="Of measuring, per row.")
     ] = 6.0,
+    simulators: Annotated[
+        bool, typer.Option("--simulators", help="Also simulators, beside the suite's own.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Milliseconds per update and per action, and simulator steps/s, on this machine.
+    """Milliseconds per update, action and simulator step, and steps/s, on this machine.
 
-    Algorithms are measured in turns; "ratio" is an update's time to that of the first.
+    Algorithms are measured in turns; "ratio" is an update's time to that of the first, "gflop" the
+    work of its matrix products, "peak_share" their rate against that of one large product.
 
-    Example: bench speed --suite mt10_rand --algos mt_sac,mega,d2r --preset cpu
+    Example: bench speed --algos mt_sac,mega,d2r --preset cpu,paper --threads 1,all
     """
     import algorithms
     from bench import machine
-    from bench.speed import speed_rows
+    from bench.speed import simulator_rows, speed_rows
     from bench.sweep import names
 
+    cores = os.cpu_count() or 1
+    counts = []
+    for text in names(threads, "--threads"):
+        if text != "all" and not (text.isdecimal() and 1 <= int(text) <= cores):
+            raise UsageError(f"--threads {text!r}: allowed are 1 to {cores}, and all")
+        counts.append(cores if text == "all" else int(text))
     try:
         chosen = machine.resolve_device(device)
     except ValueError as error:
         raise UsageError(str(error)) from None
     labels = names(algos, "--algos") if algos else algorithms.names()
-    rows = speed_rows(labels, suite, preset, chosen, threads, seconds)
+    suites = names(suite, "--suite")
+    rows = speed_rows(labels, suites, names(preset, "--preset"), chosen, counts, seconds)
+    worlds = [row for name in suites if simulators for row in simulator_rows(name, seconds)]
+    facts = machine.hardware(chosen)
     if json:
-        _print_json("speed", rows)
+        more = {"simulators": worlds, "hardware": facts, "versions": machine.versions()}
+        _print_json("speed", rows, more)
         return
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    _print_table(columns, [[_short(row.get(c)) for c in columns] for row in rows])
+    for table in filter(None, (rows, worlds)):
+        columns = list(table[0])
+        _print_table(columns, [[_short(row[c]) for c in columns] for row in table])
+    print(f"{facts['processor']}, {cores} cores, device {chosen}")
 
 
 @app.command()
@@ -731,8 +751,11 @@ def _status(console: Any, text: str) -> Any:
     return console.status(text) if console.is_terminal else nullcontext()
 
 
-def _print_json(kind: str, rows: list[dict[str, Any]]) -> None:
-    print(json_module.dumps({"schema": SCHEMA, "kind": kind, "rows": rows}, indent=1))
+def _print_json(
+    kind: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None
+) -> None:
+    content = {"schema": SCHEMA, "kind": kind, "rows": rows} | dict(more or {})
+    print(json_module.dumps(content, indent=1))
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mega-bench", "torch", "metaworld", "mujoco", "gymnasium", "numpy")
+PACKAGES = ("mega-bench", "torch", "numba", "metaworld", "mujoco", "gymnasium", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -60,6 +60,7 @@ def numerics(device: str, threads: int) -> dict[str, str]:
         "threads": str(threads),
         "device": device.partition(":")[0],
         "torch": software["torch"],
+        "numba": software["numba"],
         "simulator": f"metaworld {software['metaworld']}, mujoco {software['mujoco']}",
     }
 

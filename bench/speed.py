@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms.agent import Agent, Batch
 from bench.replay import ReplayBuffer
@@ -109,57 +113,129 @@ def median_seconds(action: Callable[[], Any], budget: float, at_most: int = 10_0
 
 
 ROUNDS = 5
-"""Times that every algorithm is measured, in turns, so that a busy moment falls on all alike."""
+"""Times that everything is measured, in turns, so that a busy moment falls on all alike."""
 
 PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
+
+PEAK_SHAPE = (1280, 400, 400)
+"""Rows, inputs and outputs of the product that stands for what the machine can do: a hidden layer
+of the papers' networks on a batch of MT10."""
 
 
 def speed_rows(
     labels: Sequence[str],
-    suite: str,
-    preset: str,
+    suites: Sequence[str],
+    presets: Sequence[str],
     device: str,
-    threads: int,
+    threads: Sequence[int],
     seconds: float = 6.0,
 ) -> list[dict[str, Any]]:
-    """A row per algorithm, about ``seconds`` of measuring each.
+    """A row per algorithm, suite, preset and number of threads, ``seconds`` of measuring each.
 
-    Milliseconds per update and per act; ``ratio``, an update's to that of the first algorithm;
-    ``gemm_share``, the share of the update spent in matrix products; simulator and training steps/s
-    of all environments together. Each figure is the least of `ROUNDS` medians.
+    Each figure is the least of `ROUNDS` medians, all rows of one setting being measured in turns.
+    ``update_ms``, ``act_ms``, ``step_ms`` (the simulator's): milliseconds per call for all tasks.
+    ``ratio``: an update's to that of the first algorithm. ``gflop``: the work of an update's matrix
+    products; ``peak_share``: at their rate, against that of one large product (`PEAK_SHAPE`),
+    which is measured in the same turns; ``gemm_share``: of an update's time, spent in products.
+    ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
-    torch.set_num_threads(threads)
+    rows = []
+    for suite, preset, count in itertools.product(suites, presets, threads):
+        torch.set_num_threads(count)
+        rows += _setting(labels, suite, preset, device, count, seconds)
+    return rows
+
+
+def _setting(
+    labels: Sequence[str], suite: str, preset: str, device: str, threads: int, seconds: float
+) -> list[dict[str, Any]]:
     specs = [RunSpec.resolve(label, suite, 0, preset_name=preset) for label in labels]
     agents = [_agent(spec, device) for spec in specs]
-    rounds = [
-        [measure(spec, agent, seconds / ROUNDS) for spec, agent in zip(specs, agents, strict=True)]
-        for _ in range(ROUNDS)
-    ]
+    rounds, peaks = [], []
+    for _ in range(ROUNDS):
+        peaks.append(peak_gflops(device, seconds / ROUNDS / 4))
+        pairs = zip(specs, agents, strict=True)
+        rounds.append([measure(spec, agent, seconds / ROUNDS) for spec, agent in pairs])
     rows: list[dict[str, Any]] = []
     for place, (label, spec, agent) in enumerate(zip(labels, specs, agents, strict=True)):
         parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
         envs = agent.suite.num_tasks * spec.protocol.envs_per_task
+        batch = example_batch(agent, spec.protocol.batch_per_task, _extras(agent))
+        gflop = work(agent, batch)
         rows.append(
             {
                 "algorithm": label,
                 "suite": suite,
+                "preset": preset,
                 "batch": spec.protocol.batch_per_task * agent.suite.num_tasks,
-                "device": device,
                 "threads": threads,
                 "update_ms": 1e3 * parts.update,
                 "ratio": 1e3 * parts.update / rows[0]["update_ms"] if rows else 1.0,
-                "gemm_share": gemm_share(agent, spec.protocol.batch_per_task),
+                "gflop": gflop,
+                "peak_share": gflop / parts.update / max(peaks),
+                "gemm_share": gemm_share(agent, batch),
                 "act_ms": 1e3 * parts.act,
-                "simulator_steps_per_second": envs / parts.step,
-                "training_steps_per_second": envs / sum(parts),
+                "step_ms": 1e3 * parts.step,
+                "steps_per_second": envs / sum(parts),
             }
         )
     return rows
 
 
-def gemm_share(agent: Agent, rows: int, updates: int = 3) -> float:
+def simulator_rows(suite: str, seconds: float = 6.0) -> list[dict[str, Any]]:
+    """Environment steps/s of our vector environment and of public ones of the same tasks.
+
+    Random actions, all measured in turns; ``ratio``: to the slowest.
+    """
+    world = RunSpec.resolve("mt_sac", suite, 0).make_suite()
+    shape = (world.spec.num_tasks, 1, world.spec.action_dim)
+    action = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    with contextlib.ExitStack() as stack:
+        steps: dict[str, Callable[[], Any]] = {}
+        for workers in (0, os.cpu_count() or 1):
+            envs = world.make(seed=0, workers=workers)
+            stack.callback(envs.close)
+            envs.reset()
+            name = f"ours, {workers} worker processes" if workers else "ours, in one process"
+            steps[name] = partial(envs.step, action)
+        for name, peer in world.peers().items():
+            steps[name] = stack.enter_context(peer())
+        rounds = [
+            {name: median_seconds(step, seconds / ROUNDS) for name, step in steps.items()}
+            for _ in range(ROUNDS)
+        ]
+    medians = {name: min(each[name] for each in rounds) for name in steps}
+    slowest = max(medians.values())
+    return [
+        {
+            "suite": suite,
+            "simulator": name,
+            "steps_per_second": world.spec.num_tasks / value,
+            "ratio": slowest / value,
+        }
+        for name, value in medians.items()
+    ]
+
+
+def peak_gflops(device: str, budget: float) -> float:
+    """GFLOP/s of a product of `PEAK_SHAPE`, at the threads that are set."""
+    rows, inputs, outputs = PEAK_SHAPE
+    x = torch.rand(rows, inputs, device=device)
+    weight, out = torch.rand(inputs, outputs, device=device), torch.empty(rows, outputs)
+    out = out.to(device)
+    spent = median_seconds(lambda: torch.mm(x, weight, out=out), budget)
+    return 2e-9 * rows * inputs * outputs / spent
+
+
+def work(agent: Agent, batch: Batch) -> float:
+    """GFLOP of the matrix products of an update."""
+    with FlopCounterMode(display=False) as counter:
+        agent.update(batch)
+    return 1e-9 * float(counter.get_total_flops())
+
+
+def gemm_share(agent: Agent, batch: Batch, updates: int = 3) -> float:
     """Share of an update's operator time that is spent in matrix products."""
-    batch = example_batch(agent, rows, _extras(agent))
     agent.update(batch)
     on_gpu = agent.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity

@@ -10,7 +10,8 @@ import difflib
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,6 +124,13 @@ class Suite(ABC):
     @abstractmethod
     def expert(self, obs: np.ndarray) -> np.ndarray:
         """Actions (T, E, A) of the suite's scripted experts for observations (T, E, O)."""
+
+    def peers(self) -> dict[str, Callable[[], AbstractContextManager[Callable[[], Any]]]]:
+        """Public vector environments of the same tasks, to be timed beside ours.
+
+        Each opens a context whose value steps all tasks once, with random actions.
+        """
+        return {}
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:

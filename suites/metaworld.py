@@ -16,12 +16,14 @@ import re
 import sys
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import gymnasium
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.policies import ENV_POLICY_MAP
@@ -96,6 +98,28 @@ class MetaWorld(Suite):
                 for env in range(obs.shape[1]):
                     action[task, env] = expert.get_action(obs[task, env].astype(np.float64))
         return np.clip(action, -1.0, 1.0)
+
+    def peers(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
+        """Metaworld's own, in one process and with a process for each task."""
+        kind = re.match(r"mt(10|25|50)_", self.spec.name)
+        strategies = ("sync", "async") if kind else ()
+        return {
+            f"metaworld's, {strategy}": partial(_official, f"MT{kind[1]}", strategy)
+            for strategy in strategies
+            if kind
+        }
+
+
+@contextlib.contextmanager
+def _official(benchmark: str, strategy: str) -> Iterator[Callable[[], Any]]:
+    """A step of metaworld's vector environment with random actions."""
+    envs = gymnasium.make_vec(f"Meta-World/{benchmark}", vector_strategy=strategy, seed=0)
+    try:
+        envs.reset(seed=0)
+        action = envs.action_space.sample()
+        yield lambda: envs.step(action)
+    finally:
+        envs.close()
 
 
 class _Sawyer(Simulator):

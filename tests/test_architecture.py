@@ -132,7 +132,17 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"torch", "metaworld", "mujoco", "gymnasium", "pandas", "matplotlib", "scipy", "sklearn"}
+HEAVY = {
+    "torch",
+    "numba",
+    "metaworld",
+    "mujoco",
+    "gymnasium",
+    "pandas",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+}
 
 
 def test_help_needs_no_torch() -> None:

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 
 import algorithms
+import suites
 from bench.cli import app, main
 
 BENCH = [sys.executable, "-m", "bench.cli"]
@@ -259,13 +260,33 @@ def test_the_doctor_judges_a_run(finished: Path) -> None:
 
 def test_speed_sets_algorithms_side_by_side() -> None:
     done = bench("speed", "--suite", "toy", "--algos", "mt_sac,mega@fixed8", "--preset", "smoke",
-                 "--seconds", "0.5", "--json")  # fmt: skip
+                 "--seconds", "0.5", "--simulators", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)["rows"]
+    report = json.loads(done.stdout)
+    first, second = report["rows"]
     assert first["ratio"] == 1.0
     assert second["ratio"] == pytest.approx(second["update_ms"] / first["update_ms"])
     assert (first["algorithm"], second["batch"], second["threads"]) == ("mt_sac", 48, 1)
     assert all(0 < row["gemm_share"] < 1 for row in (first, second))
+    assert all(0 < row["peak_share"] < 1 for row in (first, second))
+    # Layers of 64 on 48 rows. Two critics: forward at the target, the value and the policy; the
+    # value's backward pass to the weights and to the inputs of all layers but the first, the
+    # policy's to all inputs. Actor: forward at s' and s, backward likewise.
+    spec = suites.load("toy").spec
+    first_layer, hidden = (spec.obs_dim + spec.action_dim) * 64, 2 * 64 * 64 + 64
+    critic = 2 * (6 * (first_layer + hidden) - first_layer)
+    first_layer, hidden = spec.obs_dim * 64, 2 * 64 * 64 + 64 * 2 * spec.action_dim
+    actor = 4 * (first_layer + hidden) - first_layer
+    assert first["gflop"] == pytest.approx(2e-9 * 48 * (critic + actor))
+    assert report["simulators"][0]["steps_per_second"] > 0
+    assert report["hardware"]["cores"] >= 1
+
+
+def test_speed_names_the_threads_that_are_possible() -> None:
+    done = bench("speed", "--threads", "1,9999")
+    assert done.returncode == 2
+    assert "'9999'" in done.stderr
+    assert "all" in done.stderr
 
 
 def test_listings_have_a_schema(finished: Path) -> None:
