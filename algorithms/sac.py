@@ -169,6 +169,10 @@ class SAC(Agent):
         output: Tensor = critic(torch.cat([obs, action], -1)[None])
         return output
 
+    def actor_loss(self, objective: Tensor) -> Tensor:
+        """Each task's mean (T,) of alpha log pi(a|s) - min Q(s, a), given as (T, B, 1)."""
+        return objective.mean((1, 2))
+
     def after_update(self, kept: Tensor) -> None:
         """Called at the end of each update; ``kept`` (T,) is 0 for tasks that the mask left out."""
 
@@ -204,7 +208,7 @@ class SAC(Agent):
         action, log_prob = self.sample(batch.obs, "policy", batch.extras)
         with frozen(learned(self.critic_optimizer)):
             q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
-        actor_loss = (alpha * log_prob - q_policy).mean((1, 2))  # (T,)
+        actor_loss = self.actor_loss(alpha * log_prob - q_policy)  # (T,)
 
         surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
         alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)

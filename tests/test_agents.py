@@ -297,6 +297,10 @@ def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec)
         assert all(moved.values()), [name for name, yes in moved.items() if not yes]
 
 
+UPDATES = {"hard_routing": 600}
+"""Updates until the bandit is learnt, 150 elsewhere."""
+
+
 def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
     """The quick version of learning: episodes of one step, and another best action per task."""
     best = torch.tensor([[0.6, 0.0], [-0.3, 0.5], [-0.3, -0.5]]).view(3, 1, 2)
@@ -313,12 +317,14 @@ def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
     greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(8)]
     untrained = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
     g = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for _ in range(UPDATES.get(algorithm, 150)):
         action = 2 * torch.rand(3, 32, 4, generator=g) - 1
         agent.update(batch._replace(action=action, reward=reward(action)))
     greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(8)]
     learnt = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
-    assert (learnt > untrained + 0.4).all(), f"{learnt} after {untrained}; the best is 5"
+    assert (learnt > (untrained + 0.4).clamp(max=4.8)).all(), (
+        f"{learnt} after {untrained}; the best is 5"
+    )
     assert learnt.mean() > 4.2, "one action for all tasks earns 3.3"
 
 
