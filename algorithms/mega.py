@@ -407,9 +407,9 @@ class MEGA(SAC):
         self.community.clear_fitness()
         self._forget()
 
-    def step(self, loss: Tensor) -> None:
+    def step(self) -> None:
         """As SAC; relaxed decimals learn from the same backward pass."""
-        super().step(loss)
+        super().step()
         if self.relaxation is not None:
             self.relaxation.step()
             self._forget()

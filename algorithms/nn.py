@@ -48,6 +48,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        if self.weight.dim() == 4:  # a copy for each task, while PCGrad takes gradients
+            y = torch.matmul(x, self.weight) + self.bias
+            return y if self.task_bias is None else y + self.task_bias
         copies, inputs, outputs = self.weight.shape
         rows = x.reshape(x.shape[0], -1, inputs).expand(copies, -1, -1)  # (C, T*B, inputs)
         y = torch.baddbmm(self.bias, rows, self.weight)
