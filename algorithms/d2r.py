@@ -12,7 +12,7 @@ d^i its path (the K sources it reads), p^i their weights, tau the route temperat
     actor loss: p = MaskSoftmax(z, d_old), d_old from the replay         (Eq. 8, ResRouting)
     balance:    tau_T = (1 / alpha_T) / sum_j (1 / alpha_j)              (Eq. 14)
 
-Departures of the defaults from the text; where nothing else is said they follow the authors' code.
+**Departures** of the defaults from the text; where nothing else is said they follow the code.
  1. 16 modules and a head (136 logits); the text counts the head as the 16th module (120).
  2. One routing network with one output layer for all logits; the text has one per module.
  3. Module 1 reads ReLU(F(s)), the router F(s) * H(task) without ReLU; the text says F(s) for both.
@@ -64,7 +64,7 @@ class D2RConfig(SACConfig):
     width: Annotated[int, Field(ge=1)] = 400
     """Units of the state encoder's two layers and of the task encoder (D2R Table 7)."""
     modules: Annotated[int, Field(ge=2)] = 16
-    """Modules besides the output head (D2R Table 7, its code)."""
+    """Modules besides the output head (D2R Table 7, its code; Departure 1)."""
     module_width: Annotated[int, Field(ge=1)] = 128
     """Units of each module (D2R Table 7)."""
     router_width: Annotated[int, Field(ge=1)] = 256
@@ -79,17 +79,20 @@ class D2RConfig(SACConfig):
     route_balance: bool = True
     """Draw at route temperatures (Eq. 13, 14); otherwise at 1 (w/o Route-Balancing, Sec. 5.4)."""
     tau_scale_by_T: bool = True  # noqa: N815  (the symbol's name)
-    """Multiply Eq. 14 by the number of tasks, so that the mean temperature is 1 (D2R's code)."""
+    """Multiply Eq. 14 by the number of tasks, so that the mean temperature is 1 (D2R's code;
+    Departure 6)."""
     target_routing: bool = False
     """The actor's loss draws new paths instead of replaying d_old (w/ Target Routing, Sec. 5.4)."""
     critic_route: Literal["sample", "stored"] = "sample"
-    """Paths of the critics' loss: drawn (D2R's code), or the actor's d_old (as Alg. 1 reads)."""
+    """Paths of the critics' loss: drawn (D2R's code), or the actor's d_old (as Alg. 1 reads;
+    Departure 7)."""
     resrouting: bool = True
     """Stop gradients into unsuitable modules (Eq. 10); the shortcut of Eq. 11 stays without it."""
     resroute_shortcut_masked: bool = False
-    """Stop them in the shortcut as well (Eq. 11-12), not only before the layer (D2R's code)."""
+    """Stop them in the shortcut as well (Eq. 11-12), not only before the layer (D2R's code;
+    Departure 4)."""
     resroute_threshold: Literal["above", "at_least"] = "above"
-    """Suitable: softmax(z^i)_j > 1/i (D2R's code), or >= (Eq. 10)."""
+    """Suitable: softmax(z^i)_j > 1/i (D2R's code), or >= (Eq. 10; Departure 5)."""
     state_routing: bool = True
     """The router sees state and task; otherwise the task alone (w/o State Routing, App. C.5)."""
     route_level: Literal["module", "layer", "model"] = "module"

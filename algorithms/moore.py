@@ -48,7 +48,7 @@ class MOOREConfig(SACConfig):
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With the number of experts decided."""
         experts = self.experts or (4 if suite.num_tasks <= 10 else 6)
-        return type(self)(**self.model_dump() | {"experts": experts})
+        return super().for_run(suite, plan).model_copy(update={"experts": experts})
 
 
 class MOORE(SAC):
@@ -68,7 +68,7 @@ class MOORE(SAC):
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
     ) -> nn.Module:
         """Orthogonal experts and heads."""
-        config = self.config.for_run(self.suite, self.plan)
+        config = self.config
         assert config.experts is not None
         return OrthogonalMixture(
             inputs, config.width, config.depth, outputs, self.suite.num_tasks, config.experts,
@@ -79,6 +79,10 @@ class MOORE(SAC):
     def probe(self) -> dict[str, np.ndarray]:
         """``expert_weights`` (T, k), the actor's w."""
         return {"expert_weights": self.actor.task_weights[0].cpu().numpy().copy()}
+
+    def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """The same weights for every state."""
+        return self.probe()
 
 
 class OrthogonalMixture(nn.Module):

@@ -6,7 +6,7 @@ Yu et al. 2019 (Meta-World, Sec. 5); sizes as compared in D2R Table 2 (five laye
 
 The one-hot id is a bias per task in the first layer: the same function, the same parameters.
 
-Departures: none.
+**Departures**: none.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of D2R Table 8 hold with it and not without).
 
     h = trunk([s, (a,) onehot(task)]);   output = h W_task + b_task
 
-Departures: none.
+**Departures**: none.
 """
 
 from __future__ import annotations

@@ -75,15 +75,20 @@ class SACConfig(AgentConfig):
     after Cho et al. 2025 (ARS); none: no balancing (the papers)."""
     reward_balance_every: Annotated[int, Field(ge=1)] | None = 2000
     """Updates between renewals of the reward balance; none: at the first and after each reset."""
-    resets: Annotated[int, Field(ge=0)] = 0
+    resets: Annotated[int, Field(ge=0)] | None = 0
     """How often, evenly over the run, networks, temperatures and optimisers start anew while the
-    replay stays (Cho et al. 2025, ARS: 4 on MT10, 6 on MT50)."""
+    replay stays; none: 4 up to ten tasks, 6 above (Cho et al. 2025, ARS)."""
     pcgrad: bool = False
     """Project each task's gradient off those it conflicts with (Yu et al. 2020, PCGrad), in actor
     and critics. For plain networks, whose every layer all tasks or one task own."""
 
     PLAIN: ClassVar[bool] = False
     """Whether the algorithm's networks are plain in that sense."""
+
+    def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
+        """With the number of resets decided."""
+        resets = (4 if suite.num_tasks <= 10 else 6) if self.resets is None else self.resets
+        return self.model_copy(update={"resets": resets})
 
     @model_validator(mode="after")
     def _pcgrad_needs_plain_networks(self) -> Self:
@@ -96,7 +101,7 @@ ARS: dict[str, Any] = {
     "critic_layer_norm": True,
     "reward_balance": 250.0,
     "reward_balance_every": None,
-    "resets": 4,
+    "resets": None,
 }
 """The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
 any algorithm here. The paper floors a task's mean reward at 0.01 where we cap its factor: the
@@ -210,8 +215,9 @@ class SAC(Agent):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step on all networks and temperatures; metrics (T,)."""
-        due = self.steps * (self.config.resets + 1) // self.plan.steps_per_task
-        if self.resets < min(due, self.config.resets):
+        resets = self.config.resets or 0
+        due = self.steps * (resets + 1) // self.plan.steps_per_task
+        if self.resets < min(due, resets):
             self.reset()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
         target = self.target(batch, alpha)  # (T, B, 1)

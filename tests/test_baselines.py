@@ -153,6 +153,29 @@ def test_soft_modules_probabilities_are_traced() -> None:
     np.testing.assert_allclose(shown, 1 / 3, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "shape"),
+    [
+        ("soft_module", "soft_routes", (3, 5, 3, 4, 4)),
+        ("mixture_of_experts", "expert_weights", (3, 5, 4)),
+        ("care", "attention", (3, 6)),
+        ("paco", "composition", (3, 5)),
+        ("moore", "expert_weights", (3, 4)),
+        ("hard_routing", "module_routes", (3, 4)),
+    ],
+)
+def test_what_tasks_take_from_the_modules_is_traced(
+    name: str, key: str, shape: tuple[int, ...]
+) -> None:
+    agent = make(name)
+    agent.update(batch())
+    found = agent.trace(np.random.default_rng(0).standard_normal((3, 5, 39), np.float32))
+    assert list(found) == [key]
+    assert found[key].shape == shape
+    if key in ("soft_routes", "attention") or name == "mixture_of_experts":
+        np.testing.assert_allclose(found[key].sum(-1), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_paco_composes_parameters(layer_norm: bool) -> None:
     """theta = sum_k w_k Phi_k, task by task, equals K passes only where the network is linear."""

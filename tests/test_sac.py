@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.distributions.transforms import TanhTransform
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
 from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
-from algorithms.sac import clip_slices, frozen, learned
+from algorithms.sac import ARS, clip_slices, frozen, learned
 from suites.base import SuiteSpec
 
 T, B, O, A = 3, 6, 5, 2  # noqa: E741
@@ -418,6 +419,13 @@ def test_reward_balance_is_capped_and_renewed_on_time() -> None:
     nothing.update(batch._replace(mean_reward=torch.zeros(T, 1, 1).double()))
     assert nothing.balance.flatten().tolist() == [1.0, 1.0, 1.0]
     assert make_agent().balanced(batch) is batch.reward
+
+
+@pytest.mark.parametrize(("tasks", "resets"), [(3, 4), (10, 4), (50, 6)])
+def test_arss_resets_follow_the_number_of_tasks(tasks: int, resets: int) -> None:
+    suite = replace(SUITE, task_names=tuple(f"task-{t}" for t in range(tasks)))
+    assert MTSAC(suite, MTSACConfig(**ARS, width=4, depth=1), PLAN, seed=0).config.resets == resets
+    assert MTSACConfig().for_run(suite, PLAN).resets == 0
 
 
 # --------------------------------------------------------------------------------- networks
