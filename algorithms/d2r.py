@@ -43,7 +43,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.agent import AgentConfig, Batch, Plan
-from algorithms.nn import LayerNorm, Linear, ModuleLinear
+from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
 from algorithms.routing import (
     Choice,
     RoutedNetwork,
@@ -283,17 +283,17 @@ class LayeredNetwork(nn.Module):
         def norm(units: int, modules: int = 1) -> list[nn.Module]:
             return [LayerNorm(units, copies=copies, modules=modules)] if layer_norm else []
 
-        self.state_encoder = nn.Sequential(
+        self.state_encoder = Layers(
             Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
             Linear(width, width, copies=copies), *norm(width),
         )  # fmt: skip
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
-        self.router = nn.Sequential(
+        self.router = Layers(
             Linear(width, router, copies=copies), nn.ReLU(),
             Linear(router, router, copies=copies), nn.ReLU(),
         )  # fmt: skip
         self.layers = nn.ModuleList(
-            nn.Sequential(
+            Layers(
                 ModuleLinear(n, units if layer else width, units, copies=copies),
                 *norm(units, n), nn.ReLU(),
             )

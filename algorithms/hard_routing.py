@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from algorithms.agent import AgentConfig, Plan
-from algorithms.nn import Init, LayerNorm, Linear, ModuleLinear
+from algorithms.nn import Init, LayerNorm, Linear, ModuleLinear, mlp
 from algorithms.sac import SAC, Extras, Phase, SACConfig
 from suites.base import SuiteSpec
 
@@ -204,25 +204,19 @@ class HardModules(nn.Module):
     ) -> None:
         """``layer_norm``: one before each ReLU."""
         super().__init__()
-
-        def norm(units: int, modules: int = 1) -> nn.Module:
-            if not layer_norm:
-                return nn.Identity()
-            return LayerNorm(units, copies=copies, modules=modules)
-
-        self.state_encoder = nn.Sequential(
-            Linear(inputs, width, copies=copies, one_hot=one_hot), norm(width), nn.ReLU(),
-            Linear(width, width, copies=copies), norm(width), nn.ReLU(),
-        )  # fmt: skip
+        self.state_encoder = mlp(
+            inputs, [width] * 2, None, copies=copies, one_hot=one_hot, layer_norm=layer_norm
+        )
         self.layers = nn.ModuleList(
             nn.Sequential(
                 ModuleLinear(
                     modules, module_width if layer else width, module_width, copies=copies
                 ),
-                norm(module_width, modules),
+                LayerNorm(module_width, copies=copies, modules=modules)
+                if layer_norm else nn.Identity(),
             )
             for layer in range(layers)
-        )
+        )  # fmt: skip
         self.head = Linear(module_width, outputs, copies=copies, last=True)
 
     def forward(self, x: Tensor, path: Tensor) -> Tensor:

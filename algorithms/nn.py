@@ -186,7 +186,8 @@ def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None)
     rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
     bias: Tensor = linear.bias
     if linear.task_bias is not None:
-        bias = bias.unsqueeze(-3) + linear.task_bias
+        each = bias.dim() == linear.task_bias.dim()  # a copy for each task, as in `Linear`
+        bias = (bias if each else bias.unsqueeze(-3)) + linear.task_bias
     y: Tensor = _Rectified.apply(  # type: ignore[no-untyped-call]
         rows, weight, bias.flatten(0, -2),
         None if norm is None else norm.scale.flatten(0, 2),
