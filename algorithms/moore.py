@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from algorithms.agent import Plan
-from algorithms.nn import Init, ModuleLinear, TaskLinear, draw, mlp
+from algorithms.kernels import mix_orthonormal, mix_orthonormal_backward
+from algorithms.nn import Init, ModuleLinear, TaskLinear, compiled, draw, mlp
 from algorithms.sac import SAC, SACConfig
 from suites.base import SuiteSpec
 
@@ -121,9 +123,14 @@ class OrthogonalMixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
         h = self.experts(x[:, None])  # (C, k, T, B, W)
-        v = gram_schmidt(h, self.eps) if self.orthogonal else h
-        mixed = torch.einsum("ctk,cktbw->ctbw", self.task_weights, v).tanh()
-        output: Tensor = self.head(mixed)
+        if self.orthogonal and compiled(h):
+            mixed: Tensor = _OrthonormalMixture.apply(  # type: ignore[no-untyped-call]
+                h, self.task_weights, self.eps
+            )
+        else:
+            v = gram_schmidt(h, self.eps) if self.orthogonal else h
+            mixed = torch.einsum("ctk,cktbw->ctbw", self.task_weights, v)
+        output: Tensor = self.head(mixed.tanh())
         return output
 
 
@@ -137,3 +144,31 @@ def gram_schmidt(vectors: Tensor, eps: float) -> Tensor:
             h = h - (shadow * before).sum(1)
         found.append(h / (h.norm(dim=-1, keepdim=True) + eps))
     return torch.stack(found, 1)
+
+
+class _OrthonormalMixture(torch.autograd.Function):
+    """sum_i w_i V_i of experts (C, k, T, B, W), V by `gram_schmidt`, in one compiled pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weights: Tensor, eps: float) -> Tensor:
+        rows = h.contiguous().flatten(2, 3)  # (C, k, T B, W)
+        v, norms = torch.empty_like(rows), rows.new_empty(rows.shape[:3])
+        mixed = rows.new_empty(len(rows), *rows.shape[2:])
+        mix_orthonormal(
+            rows.numpy(), weights.detach().numpy(), eps, v.numpy(), norms.numpy(), mixed.numpy()
+        )
+        ctx.save_for_backward(rows, weights, v, norms)
+        ctx.eps = eps
+        return mixed.view(len(h), *h.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, v, norms = ctx.saved_tensors
+        of_h, of_weights = torch.empty_like(rows), torch.zeros_like(weights)
+        mix_orthonormal_backward(
+            gradient.contiguous().flatten(1, 2).numpy(), rows.numpy(), weights.detach().numpy(),
+            ctx.eps, v.numpy(), norms.numpy(), of_h.numpy(), of_weights.numpy(),
+        )  # fmt: skip
+        shape = (*rows.shape[:2], *gradient.shape[1:])
+        return of_h.view(shape), of_weights, None

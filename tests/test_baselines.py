@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import algorithms
+import algorithms.nn as nn_parts
 import suites
 from algorithms.agent import Agent, Batch, Match, Plan
 from algorithms.care import AttentiveCritic, CAREConfig, sentence_vectors
@@ -257,6 +258,29 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
                     h[1] = h[1] / h[1].norm()
                 v = (net.task_weights[c, t, 0] * h[0] + net.task_weights[c, t, 1] * h[1]).tanh()
                 torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
+
+
+def test_moores_compiled_mixture_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, which stay finite where an expert has no output."""
+    g = torch.Generator().manual_seed(0)
+    net = drawn(OrthogonalMixture(6, 5, 2, 4, 3, 4, copies=2))
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64, generator=g).requires_grad_()
+    trained = [x, *net.parameters()]
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
+        output = net(x)
+        weight = torch.arange(1.0, 1 + output.numel()).double().view_as(output).sin()
+        found.append([output, *torch.autograd.grad((output * weight).sum(), trained)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+    with torch.no_grad():  # the second expert is zero
+        net.experts[-1].weight[:, 1] = 0
+        net.experts[-1].bias[:, 1] = 0
+    for compiled in (True, False):
+        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
+        gradients = torch.autograd.grad(net(x).sum(), trained)
+        assert all(each.isfinite().all() for each in gradients)
 
 
 @pytest.mark.parametrize("mix", ["outputs", "features"])
