@@ -22,6 +22,7 @@ _BUILT_IN = {
     "care": "algorithms.care:CARE",
     "paco": "algorithms.paco:PaCo",
     "mixture_of_experts": "algorithms.mixture_of_experts:MixtureOfExperts",
+    "hard_routing": "algorithms.hard_routing:HardRouting",
     "mtmh_sac": "algorithms.mtmh_sac:MTMHSAC",
     "mt_sac": "algorithms.mt_sac:MTSAC",
     "sac": "algorithms.single_task_sac:SingleTaskSAC",

@@ -39,7 +39,10 @@ class AgentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
-        """The same settings with everything decided that depends on the suite or the length."""
+        """The same settings with everything decided that depends on the suite or the length.
+
+        What is decided stays: ``config.for_run(...).for_run(...)`` changes nothing.
+        """
         return self
 
 
@@ -120,7 +123,7 @@ class Agent(ABC):
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
     ) -> None:
         """``seed`` is the run's; take streams from it with `suites.base.stream`."""
-        self.suite, self.config, self.plan = suite, config, plan
+        self.suite, self.config, self.plan = suite, config.for_run(suite, plan), plan
         self.device = torch.device(device)
         self.extras_spec = {}
         self.seconds = {}

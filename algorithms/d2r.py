@@ -12,7 +12,7 @@ d^i its path (the K sources it reads), p^i their weights, tau the route temperat
     actor loss: p = MaskSoftmax(z, d_old), d_old from the replay         (Eq. 8, ResRouting)
     balance:    tau_T = (1 / alpha_T) / sum_j (1 / alpha_j)              (Eq. 14)
 
-Departures of the defaults from the text; where nothing else is said they follow the authors' code.
+**Departures** of the defaults from the text; where nothing else is said they follow the code.
  1. 16 modules and a head (136 logits); the text counts the head as the 16th module (120).
  2. One routing network with one output layer for all logits; the text has one per module.
  3. Module 1 reads ReLU(F(s)), the router F(s) * H(task) without ReLU; the text says F(s) for both.
@@ -27,23 +27,27 @@ Departures of the defaults from the text; where nothing else is said they follow
     (Sec. 3.1) is counted, in ``modules_used``, not saved: batches of rows with different paths
     would run no faster.
  9. Ours: the replay holds a path as 136 bits, not 136 numbers.
-10. Ours: temperatures alpha step together with the networks, and a time limit is not a terminal
+10. Model- and layer-level routing (Sec. 2.3 and 5.4, not in the published code) are our reading,
+    see `LayeredNetwork`.
+11. Ours: temperatures alpha step together with the networks, and a time limit is not a terminal
     state (see `algorithms.sac`); ``d2r@authors`` treats it as one and warms up for 4,000 steps.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.agent import AgentConfig, Batch, Plan
+from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
 from algorithms.routing import (
     Choice,
     RoutedNetwork,
+    TaskEncoder,
     modules_used,
     pack_path,
     path_bytes,
@@ -60,7 +64,7 @@ class D2RConfig(SACConfig):
     width: Annotated[int, Field(ge=1)] = 400
     """Units of the state encoder's two layers and of the task encoder (D2R Table 7)."""
     modules: Annotated[int, Field(ge=2)] = 16
-    """Modules besides the output head (D2R Table 7, its code)."""
+    """Modules besides the output head (D2R Table 7, its code; Departure 1)."""
     module_width: Annotated[int, Field(ge=1)] = 128
     """Units of each module (D2R Table 7)."""
     router_width: Annotated[int, Field(ge=1)] = 256
@@ -75,19 +79,35 @@ class D2RConfig(SACConfig):
     route_balance: bool = True
     """Draw at route temperatures (Eq. 13, 14); otherwise at 1 (w/o Route-Balancing, Sec. 5.4)."""
     tau_scale_by_T: bool = True  # noqa: N815  (the symbol's name)
-    """Multiply Eq. 14 by the number of tasks, so that the mean temperature is 1 (D2R's code)."""
+    """Multiply Eq. 14 by the number of tasks, so that the mean temperature is 1 (D2R's code;
+    Departure 6)."""
     target_routing: bool = False
     """The actor's loss draws new paths instead of replaying d_old (w/ Target Routing, Sec. 5.4)."""
     critic_route: Literal["sample", "stored"] = "sample"
-    """Paths of the critics' loss: drawn (D2R's code), or the actor's d_old (as Alg. 1 reads)."""
+    """Paths of the critics' loss: drawn (D2R's code), or the actor's d_old (as Alg. 1 reads;
+    Departure 7)."""
     resrouting: bool = True
     """Stop gradients into unsuitable modules (Eq. 10); the shortcut of Eq. 11 stays without it."""
     resroute_shortcut_masked: bool = False
-    """Stop them in the shortcut as well (Eq. 11-12), not only before the layer (D2R's code)."""
+    """Stop them in the shortcut as well (Eq. 11-12), not only before the layer (D2R's code;
+    Departure 4)."""
     resroute_threshold: Literal["above", "at_least"] = "above"
-    """Suitable: softmax(z^i)_j > 1/i (D2R's code), or >= (Eq. 10)."""
+    """Suitable: softmax(z^i)_j > 1/i (D2R's code), or >= (Eq. 10; Departure 5)."""
     state_routing: bool = True
     """The router sees state and task; otherwise the task alone (w/o State Routing, App. C.5)."""
+    route_level: Literal["module", "layer", "model"] = "module"
+    """Which sources a module may read: all before it, those of the layer below, or only its own
+    network's, whose outputs alone are then routed (Sec. 2.3, Fig. 2; compared in Sec. 5.4)."""
+    layers: Annotated[int, Field(ge=2)] | None = None
+    """Layers that the modules stand in, for layer- and model-level routing."""
+
+    @model_validator(mode="after")
+    def _modules_fill_layers(self) -> Self:
+        if (self.layers is None) != (self.route_level == "module"):
+            raise ValueError("layers belongs to route_level=layer and route_level=model")
+        if self.modules % (self.layers or 1):
+            raise ValueError(f"modules={self.modules} do not fill layers={self.layers}")
+        return self
 
 
 class D2R(SAC):
@@ -110,13 +130,15 @@ class D2R(SAC):
         "target_routing": {"target_routing": True},
         "no_resrouting": {"resrouting": False},
         "no_state_routing": {"state_routing": False},
+        "layer_level": {"route_level": "layer", "layers": 4},
+        "model_level": {"route_level": "model", "layers": 4},
         "modules{modules}": {},
         "ars": ARS,
     }  # fmt: skip
 
-    actor: RoutedNetwork
-    critic: RoutedNetwork
-    target_critic: RoutedNetwork
+    actor: RoutedNetwork | LayeredNetwork
+    critic: RoutedNetwork | LayeredNetwork
+    target_critic: RoutedNetwork | LayeredNetwork
 
     def __init__(
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
@@ -132,6 +154,10 @@ class D2R(SAC):
     ) -> nn.Module:
         """Modules and a router of their own."""
         config = self.config
+        if config.layers is not None:
+            return LayeredNetwork(
+                inputs, outputs, self.suite.num_tasks, config, copies=copies, layer_norm=layer_norm
+            )
         return RoutedNetwork(
             inputs, outputs, self.suite.num_tasks,
             copies=copies, width=config.width, module_width=config.module_width,
@@ -201,3 +227,154 @@ class D2R(SAC):
             "routes": weights.cpu().numpy(),
             "modules_used": modules_used(edges).cpu().numpy(),
         }
+
+
+class LayeredRoute(NamedTuple):
+    """Weights and path of D destinations over their n sources, and their places in the whole."""
+
+    weights: Tensor  # (C, T, B, D, n)
+    chosen: Tensor  # (C, T, B, D, n) bool
+    place: Tensor  # (D, n) int64: of each connection in the flattened (M, M)
+    fixed: Tensor  # (F,) int64: places of connections that always hold
+    modules: int
+
+    def matrix(self) -> Tensor:
+        """The weights as (C, T, B, M, M): destination, source, as those of module-level routing."""
+        return self._whole(self.weights)
+
+    def path(self) -> Tensor:
+        """The path d as booleans (C, T, B, M, M)."""
+        return self._whole(self.chosen)
+
+    def _whole(self, values: Tensor) -> Tensor:
+        whole = values.new_zeros(*values.shape[:3], self.modules**2)
+        whole[..., self.fixed] = 1
+        whole[..., self.place.flatten()] = values.flatten(-2)
+        return whole.view(*values.shape[:3], self.modules, self.modules)
+
+
+class LayeredNetwork(nn.Module):
+    """D2R's network with L layers of n modules, routed layer by layer or network by network.
+
+    "Model-level and layer-level routing paths can be viewed as specific DAGs with structural
+    restrictions" (Sec. 2.3). Modules are numbered layer by layer; those of the first all read
+    ReLU(F(s)). Layer-level: a module, and the head, may read all n of the layer below, as in Soft
+    Modularization; z has (L - 1) n^2 + n numbers. Model-level: the i-th modules of all layers are a
+    plain network, and the head alone routes, over the n networks' outputs; z has n numbers.
+
+    Encoders, router, MaskSoftmax, SampleK and temperatures are D2R's. So is ResRouting, with the
+    bar 1 / (n + 1) for n sources. It passes round what has sources of its own, modules above the
+    first layer. A network as a whole has none, so an unsuitable one learns nothing, and its modules
+    have no shortcuts.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, tasks: int, config: D2RConfig, *,
+        copies: int = 1, layer_norm: bool = False,
+    ) -> None:  # fmt: skip
+        """``layer_norm``: one before each ReLU of state encoder and modules, as `RoutedNetwork`."""
+        super().__init__()
+        assert config.layers is not None
+        self.config = config
+        width, units, router = config.width, config.module_width, config.router_width
+        self.sources = n = config.modules // config.layers
+        by_layer = config.route_level == "layer"
+
+        def norm(units: int, modules: int = 1) -> list[nn.Module]:
+            return [LayerNorm(units, copies=copies, modules=modules)] if layer_norm else []
+
+        self.state_encoder = Layers(
+            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
+            Linear(width, width, copies=copies), *norm(width),
+        )  # fmt: skip
+        self.task_encoder = TaskEncoder(tasks, width, copies=copies)
+        self.router = Layers(
+            Linear(width, router, copies=copies), nn.ReLU(),
+            Linear(router, router, copies=copies), nn.ReLU(),
+        )  # fmt: skip
+        self.layers = nn.ModuleList(
+            Layers(
+                ModuleLinear(n, units if layer else width, units, copies=copies),
+                *norm(units, n), nn.ReLU(),
+            )
+            for layer in range(config.layers)
+        )  # fmt: skip
+        self.head = Linear(units, outputs, copies=copies, last=True)
+        self.temperature = nn.Parameter(torch.ones(copies, tasks), requires_grad=False)
+
+        # Module (layer, i) is number layer * n + i, its row as a destination one less.
+        number = torch.arange(config.modules).view(config.layers, n)
+        row = torch.cat([number[1:].flatten() - 1, torch.tensor([config.modules - 1])])
+        below = number.repeat_interleave(n, 0)[: len(row)]  # (destinations, n)
+        place = row[:, None] * config.modules + below
+        fixed = row[:-1] * config.modules + number[:-1].flatten()
+        self.register_buffer("_place", place if by_layer else place[-1:], persistent=False)
+        self.register_buffer("_fixed", fixed[:0] if by_layer else fixed, persistent=False)
+        self._place: Tensor
+        self._fixed: Tensor
+        self.logits = Linear(router, self._place.numel(), copies=copies)
+
+    def forward(
+        self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, LayeredRoute]:
+        """As `RoutedNetwork`, given paths too: outputs (C, T, B, outputs) and the route."""
+        config, n = self.config, self.sources
+        state = self.state_encoder(x)
+        task = self.task_encoder()
+        hidden = self.router(state * task if config.state_routing else task.expand_as(state))
+        z = self.logits(hidden).unflatten(-1, (-1, n))  # (C, T, B, D, n)
+        chosen = self._choose(z.detach(), route, generator)
+        if config.rescale:
+            weights = torch.softmax(z.masked_fill(~chosen, -torch.inf), -1)
+        else:
+            weights = torch.softmax(z, -1) * chosen
+        blocked = None
+        if torch.is_grad_enabled() and config.resrouting:
+            chance, bar = torch.softmax(z.detach(), -1), 1 / (n + 1)
+            above = config.resroute_threshold == "above"
+            blocked = weights.detach() * ~(chance > bar if above else chance >= bar)
+
+        y = o = self.layers[0](state.relu()[:, None])  # (C, n, T, B, d)
+        for layer, module in enumerate(self.layers[1:]):
+            if config.route_level == "layer":
+                rows = slice(layer * n, (layer + 1) * n)
+                u, heard = _read(weights, blocked, rows, o, y)
+                y = module(heard)
+                o = y + (heard if config.resroute_shortcut_masked else u)
+            else:
+                y = o = module(o)
+        _, heard = _read(weights, blocked, slice(-1, None), o, y)
+        taken = LayeredRoute(weights.detach(), chosen, self._place, self._fixed, config.modules)
+        return self.head(heard[:, 0]), taken
+
+    def _choose(
+        self, z: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """The path (C, T, B, D, n) bool."""
+        if isinstance(route, Tensor):
+            return route.flatten(-2)[..., self._place].expand_as(z)
+        k = min(self.config.top_k or self.sources, self.sources)
+        if route == "sample":  # z / tau + Gumbel noise: K draws without replacement
+            noise = torch.rand(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+            tau = self.temperature[:, :, None, None, None]
+            z = z / tau - noise.clamp_min(1e-12).log().neg().log()
+        return torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.topk(k, -1).indices, True)
+
+
+def _read(
+    weights: Tensor, blocked: Tensor | None, rows: slice, o: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_j p_j o_j of some destinations, and the same with rsg[o_j] where j is unsuitable.
+
+    ``o`` and ``y`` (C, n, T, B, d): the modules' outputs with and without their shortcuts.
+    """
+
+    def mix(p: Tensor, values: Tensor) -> Tensor:
+        """(C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d)."""
+        return torch.matmul(p, values.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
+
+    u = mix(weights[..., rows, :], o)
+    if blocked is None:
+        return u, u
+    # rsg[o] = o - (y - sg[y]): nothing to the value, y's share of the gradient less.
+    return u, u - mix(blocked[..., rows, :], y - y.detach())

@@ -3,8 +3,8 @@
 Between two matrix products lies a little arithmetic on every row: normalising, rectifying, and in
 the routed network choosing sources and mixing them. As tensor operations it costs several times the
 products at the sizes of the reduced presets; here all of it between two products is one pass over
-the rows. The formulas, and the same in tensor operations for other devices, are in `algorithms.nn`
-and `algorithms.routing`.
+the rows. The formulas, and the same in tensor operations for other devices, are in `algorithms.nn`,
+`algorithms.routing` and `algorithms.moore`.
 
 Symbols: N = C R rows of all C copies together, M modules, K sources per destination, d the width of
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
@@ -325,3 +325,82 @@ def push(
                 else:
                     for w in range(width):
                         blocked[j, n, w] += p * a[n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def mix_orthonormal(
+    h: Array, weights: Array, eps: float, v: Array, norms: Array, out: Array
+) -> None:
+    """out = sum_i w_i V_i, V = Gram-Schmidt of the k vectors h of a row (MOORE).
+
+    ``h``, ``v`` (C, k, N, d), ``weights`` (C, T, k) with T dividing N, ``norms`` (C, k, N): of each
+    vector less its shadows, ``out`` (C, N, d).
+    """
+    copies, k, rows, width = h.shape
+    per_task, kind = rows // weights.shape[1], h.dtype.type
+    shadows = np.empty(k, h.dtype)
+    for c in range(copies):
+        for n in range(rows):
+            for i in range(k):
+                for j in range(i):
+                    shadow = kind(0)
+                    for w in range(width):
+                        shadow += v[c, j, n, w] * h[c, i, n, w]
+                    shadows[j] = shadow
+                for w in range(width):
+                    v[c, i, n, w] = h[c, i, n, w]
+                for j in range(i):
+                    shadow = shadows[j]
+                    for w in range(width):
+                        v[c, i, n, w] -= shadow * v[c, j, n, w]
+                square = kind(0)
+                for w in range(width):
+                    square += v[c, i, n, w] * v[c, i, n, w]
+                norm, share = np.sqrt(square), weights[c, n // per_task, i]
+                norms[c, i, n] = norm
+                factor = kind(1) / (norm + kind(eps))
+                for w in range(width):
+                    v[c, i, n, w] *= factor
+                    out[c, n, w] = share * v[c, i, n, w] + (out[c, n, w] if i else kind(0))
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def mix_orthonormal_backward(
+    gradient: Array, h: Array, weights: Array, eps: float, v: Array, norms: Array,
+    of_h: Array, of_weights: Array,
+) -> None:  # fmt: skip
+    """Gradients ``of_h`` (C, k, N, d), and ``of_weights`` (C, T, k), which starts at zero.
+
+    With r_i the i-th vector less its shadows, V_i = r_i / (|r_i| + eps), and last vector first:
+    g_r = g_V / (|r| + eps) - V <g_V, V> / |r|;   g_h = g_r - sum_j <V_j, g_r> V_j;
+    g_{V_j} -= <V_j, h_i> g_r + <V_j, g_r> h_i for each j < i.
+    """
+    copies, k, rows, width = h.shape
+    per_task, kind = rows // weights.shape[1], h.dtype.type
+    of_v, of_r = np.empty((k, width), h.dtype), np.empty(width, h.dtype)
+    for c in range(copies):
+        for n in range(rows):
+            t = n // per_task
+            for i in range(k):
+                share, total = weights[c, t, i], kind(0)
+                for w in range(width):
+                    of_v[i, w] = share * gradient[c, n, w]
+                    total += gradient[c, n, w] * v[c, i, n, w]
+                of_weights[c, t, i] += total
+            for i in range(k - 1, -1, -1):
+                norm, along = norms[c, i, n], kind(0)
+                for w in range(width):
+                    along += of_v[i, w] * v[c, i, n, w]
+                along = along / norm if norm > 0 else kind(0)
+                factor = kind(1) / (norm + kind(eps))
+                for w in range(width):
+                    of_r[w] = factor * of_v[i, w] - along * v[c, i, n, w]
+                    of_h[c, i, n, w] = of_r[w]
+                for j in range(i):
+                    shadow = back = kind(0)
+                    for w in range(width):
+                        shadow += v[c, j, n, w] * h[c, i, n, w]
+                        back += v[c, j, n, w] * of_r[w]
+                    for w in range(width):
+                        of_h[c, i, n, w] -= back * v[c, j, n, w]
+                        of_v[j, w] -= shadow * of_r[w] + back * h[c, i, n, w]

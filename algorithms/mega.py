@@ -222,7 +222,7 @@ class MEGAConfig(SACConfig):
         """With precision, population size and window decided."""
         large = suite.num_tasks > MT10
         population = self.population_size or (4 if large else 3)
-        values = self.model_dump() | {
+        values = super().for_run(suite, plan).model_dump() | {
             "precision": self.precision or (4 if large else 2),
             "population_size": population,
         }
@@ -280,7 +280,7 @@ class MEGA(SAC):
     def __init__(
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"
     ) -> None:
-        super().__init__(suite, config.for_run(suite, plan), plan, seed=seed, device=device)
+        super().__init__(suite, config, plan, seed=seed, device=device)
         config = self.config
         assert config.precision is not None
         assert config.population_size is not None
@@ -407,9 +407,9 @@ class MEGA(SAC):
         self.community.clear_fitness()
         self._forget()
 
-    def step(self, loss: Tensor) -> None:
+    def step(self) -> None:
         """As SAC; relaxed decimals learn from the same backward pass."""
-        super().step(loss)
+        super().step()
         if self.relaxation is not None:
             self.relaxation.step()
             self._forget()

@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from algorithms.agent import Plan
-from algorithms.nn import Init, ModuleLinear, TaskLinear, draw, mlp
+from algorithms.kernels import mix_orthonormal, mix_orthonormal_backward
+from algorithms.nn import Init, ModuleLinear, TaskLinear, compiled, draw, mlp
 from algorithms.sac import SAC, SACConfig
 from suites.base import SuiteSpec
 
@@ -48,7 +50,7 @@ class MOOREConfig(SACConfig):
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With the number of experts decided."""
         experts = self.experts or (4 if suite.num_tasks <= 10 else 6)
-        return type(self)(**self.model_dump() | {"experts": experts})
+        return super().for_run(suite, plan).model_copy(update={"experts": experts})
 
 
 class MOORE(SAC):
@@ -68,7 +70,7 @@ class MOORE(SAC):
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
     ) -> nn.Module:
         """Orthogonal experts and heads."""
-        config = self.config.for_run(self.suite, self.plan)
+        config = self.config
         assert config.experts is not None
         return OrthogonalMixture(
             inputs, config.width, config.depth, outputs, self.suite.num_tasks, config.experts,
@@ -79,6 +81,10 @@ class MOORE(SAC):
     def probe(self) -> dict[str, np.ndarray]:
         """``expert_weights`` (T, k), the actor's w."""
         return {"expert_weights": self.actor.task_weights[0].cpu().numpy().copy()}
+
+    def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """The same weights for every state."""
+        return self.probe()
 
 
 class OrthogonalMixture(nn.Module):
@@ -117,9 +123,14 @@ class OrthogonalMixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
         h = self.experts(x[:, None])  # (C, k, T, B, W)
-        v = gram_schmidt(h, self.eps) if self.orthogonal else h
-        mixed = torch.einsum("ctk,cktbw->ctbw", self.task_weights, v).tanh()
-        output: Tensor = self.head(mixed)
+        if self.orthogonal and compiled(h):
+            mixed: Tensor = _OrthonormalMixture.apply(  # type: ignore[no-untyped-call]
+                h, self.task_weights, self.eps
+            )
+        else:
+            v = gram_schmidt(h, self.eps) if self.orthogonal else h
+            mixed = torch.einsum("ctk,cktbw->ctbw", self.task_weights, v)
+        output: Tensor = self.head(mixed.tanh())
         return output
 
 
@@ -133,3 +144,31 @@ def gram_schmidt(vectors: Tensor, eps: float) -> Tensor:
             h = h - (shadow * before).sum(1)
         found.append(h / (h.norm(dim=-1, keepdim=True) + eps))
     return torch.stack(found, 1)
+
+
+class _OrthonormalMixture(torch.autograd.Function):
+    """sum_i w_i V_i of experts (C, k, T, B, W), V by `gram_schmidt`, in one compiled pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weights: Tensor, eps: float) -> Tensor:
+        rows = h.contiguous().flatten(2, 3)  # (C, k, T B, W)
+        v, norms = torch.empty_like(rows), rows.new_empty(rows.shape[:3])
+        mixed = rows.new_empty(len(rows), *rows.shape[2:])
+        mix_orthonormal(
+            rows.numpy(), weights.detach().numpy(), eps, v.numpy(), norms.numpy(), mixed.numpy()
+        )
+        ctx.save_for_backward(rows, weights, v, norms)
+        ctx.eps = eps
+        return mixed.view(len(h), *h.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, v, norms = ctx.saved_tensors
+        of_h, of_weights = torch.empty_like(rows), torch.zeros_like(weights)
+        mix_orthonormal_backward(
+            gradient.contiguous().flatten(1, 2).numpy(), rows.numpy(), weights.detach().numpy(),
+            ctx.eps, v.numpy(), norms.numpy(), of_h.numpy(), of_weights.numpy(),
+        )  # fmt: skip
+        shape = (*rows.shape[:2], *gradient.shape[1:])
+        return of_h.view(shape), of_weights, None

@@ -6,7 +6,7 @@ Yu et al. 2019 (Meta-World, Sec. 5); sizes as compared in D2R Table 2 (five laye
 
 The one-hot id is a bias per task in the first layer: the same function, the same parameters.
 
-Departures: none.
+**Departures**: none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from algorithms.sac import ARS, SAC, SACConfig
 class MTSACConfig(SACConfig):
     """Settings of MT-SAC."""
 
+    PLAIN: ClassVar[bool] = True
+
     width: Annotated[int, Field(ge=1)] = 400
     """Units of each hidden layer (D2R Table 2)."""
     depth: Annotated[int, Field(ge=1)] = 5
@@ -37,6 +39,7 @@ class MTSAC(SAC):
     PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 2)"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "ars": ARS,
+        "pcgrad": {"pcgrad": True},
         "no_balance": {"loss_weight": "none"},  # as Soft Modularization compares it (Sec. 5.7)
         "layers{depth}": {},
     }

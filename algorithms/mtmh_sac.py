@@ -6,7 +6,7 @@ of D2R Table 8 hold with it and not without).
 
     h = trunk([s, (a,) onehot(task)]);   output = h W_task + b_task
 
-Departures: none.
+**Departures**: none.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from algorithms.sac import ARS, SAC, SACConfig
 class MTMHSACConfig(SACConfig):
     """Settings of MTMH-SAC."""
 
+    PLAIN: ClassVar[bool] = True
+
     width: Annotated[int, Field(ge=1)] = 400
     """Units of each hidden layer (D2R Table 3)."""
     depth: Annotated[int, Field(ge=1)] = 5
@@ -38,6 +40,7 @@ class MTMHSAC(SAC):
     PAPER: ClassVar[str] = "Yu et al. 2019, Meta-World (sizes: D2R Table 3)"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "ars": ARS,
+        "pcgrad": {"pcgrad": True},
         "no_balance": {"loss_weight": "none"},  # as Soft Modularization compares it (Sec. 5.7)
         "layers{depth}": {},
         "wide4": {"depth": 4, "width": 600},  # Soft Modularization Table 2

@@ -48,6 +48,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        if self.weight.dim() == 4:  # a copy for each task, while PCGrad takes gradients
+            y = torch.matmul(x, self.weight) + self.bias
+            return y if self.task_bias is None else y + self.task_bias
         copies, inputs, outputs = self.weight.shape
         rows = x.reshape(x.shape[0], -1, inputs).expand(copies, -1, -1)  # (C, T*B, inputs)
         y = torch.baddbmm(self.bias, rows, self.weight)
@@ -183,7 +186,8 @@ def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None)
     rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
     bias: Tensor = linear.bias
     if linear.task_bias is not None:
-        bias = bias.unsqueeze(-3) + linear.task_bias
+        each = bias.dim() == linear.task_bias.dim()  # a copy for each task, as in `Linear`
+        bias = (bias if each else bias.unsqueeze(-3)) + linear.task_bias
     y: Tensor = _Rectified.apply(  # type: ignore[no-untyped-call]
         rows, weight, bias.flatten(0, -2),
         None if norm is None else norm.scale.flatten(0, 2),

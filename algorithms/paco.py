@@ -74,7 +74,10 @@ class PaCo(SAC):
 
     @torch.no_grad()
     def after_update(self, kept: Tensor) -> None:
-        """Give tasks of extreme loss another w: a random convex combination of the others'."""
+        """Give tasks of extreme loss another w: a random convex combination of the others'.
+
+        The critics' as well as the actor's (Departure 2).
+        """
         if not self.config.reset_extreme or self.config.extreme_loss is None:
             return
         draws = torch.rand(len(kept), len(kept), generator=self.noise, device=self.device)
@@ -89,6 +92,10 @@ class PaCo(SAC):
     def probe(self) -> dict[str, np.ndarray]:
         """``composition`` (T, K), the actor's w."""
         return {"composition": self.actor.composition[0].cpu().numpy().copy()}
+
+    def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """The same w for every state."""
+        return self.probe()
 
 
 class ComposedNetwork(nn.Module):

@@ -18,15 +18,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.agent import Action, Agent, AgentConfig, Batch, Finding, History, Plan
 from algorithms.nn import Init, initialise, split_gaussian, squash
+from algorithms.pcgrad import projected
 from suites.base import SuiteSpec, stream
 
 Phase = Literal["explore", "exploit", "policy", "value", "target"]
@@ -74,16 +75,33 @@ class SACConfig(AgentConfig):
     after Cho et al. 2025 (ARS); none: no balancing (the papers)."""
     reward_balance_every: Annotated[int, Field(ge=1)] | None = 2000
     """Updates between renewals of the reward balance; none: at the first and after each reset."""
-    resets: Annotated[int, Field(ge=0)] = 0
+    resets: Annotated[int, Field(ge=0)] | None = 0
     """How often, evenly over the run, networks, temperatures and optimisers start anew while the
-    replay stays (Cho et al. 2025, ARS: 4 on MT10, 6 on MT50)."""
+    replay stays; none: 4 up to ten tasks, 6 above (Cho et al. 2025, ARS)."""
+    pcgrad: bool = False
+    """Project each task's gradient off those it conflicts with (Yu et al. 2020, PCGrad), in actor
+    and critics. For plain networks, whose every layer all tasks or one task own."""
+
+    PLAIN: ClassVar[bool] = False
+    """Whether the algorithm's networks are plain in that sense."""
+
+    def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
+        """With the number of resets decided."""
+        resets = (4 if suite.num_tasks <= 10 else 6) if self.resets is None else self.resets
+        return self.model_copy(update={"resets": resets})
+
+    @model_validator(mode="after")
+    def _pcgrad_needs_plain_networks(self) -> Self:
+        if self.pcgrad and not self.PLAIN:
+            raise ValueError("pcgrad is a treatment of plain shared networks: mt_sac and mtmh_sac")
+        return self
 
 
 ARS: dict[str, Any] = {
     "critic_layer_norm": True,
     "reward_balance": 250.0,
     "reward_balance_every": None,
-    "resets": 4,
+    "resets": None,
 }
 """The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
 any algorithm here. The paper floors a task's mean reward at 0.01 where we cap its factor: the
@@ -123,6 +141,7 @@ class SAC(Agent):
         self.actor_optimizer = self._adam(self.actor.parameters(), self.config.actor_lr)
         self.critic_optimizer = self._adam(self.critic.parameters(), self.config.critic_lr)
         self.alpha_optimizer = self._adam([self.log_alpha], self.config.alpha_lr)
+        self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
 
     def _new(self, network: nn.Module) -> nn.Module:
         initialise(network, self.config.init, self.init_generator)
@@ -169,6 +188,10 @@ class SAC(Agent):
         output: Tensor = critic(torch.cat([obs, action], -1)[None])
         return output
 
+    def actor_loss(self, objective: Tensor) -> Tensor:
+        """Each task's mean (T,) of alpha log pi(a|s) - min Q(s, a), given as (T, B, 1)."""
+        return objective.mean((1, 2))
+
     def after_update(self, kept: Tensor) -> None:
         """Called at the end of each update; ``kept`` (T,) is 0 for tasks that the mask left out."""
 
@@ -192,26 +215,31 @@ class SAC(Agent):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step on all networks and temperatures; metrics (T,)."""
-        due = self.steps * (self.config.resets + 1) // self.plan.steps_per_task
-        if self.resets < min(due, self.config.resets):
+        resets = self.config.resets or 0
+        due = self.steps * (resets + 1) // self.plan.steps_per_task
+        if self.resets < min(due, resets):
             self.reset()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
         target = self.target(batch, alpha)  # (T, B, 1)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
-        q = self.value(self.critic, batch.obs, batch.action, "value")  # (2, T, B, 1)
-        critic_loss = (q - target).square().mean((2, 3)).sum(0)  # (T,)
+        with self.gradients() as critic_parameters:
+            q = self.value(self.critic, batch.obs, batch.action, "value")  # (2, T, B, 1)
+            critic_loss = (q - target).square().mean((2, 3)).sum(0)  # (T,)
 
-        action, log_prob = self.sample(batch.obs, "policy", batch.extras)
-        with frozen(learned(self.critic_optimizer)):
-            q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
-        actor_loss = (alpha * log_prob - q_policy).mean((1, 2))  # (T,)
+            action, log_prob = self.sample(batch.obs, "policy", batch.extras)
+            with frozen(critic_parameters):
+                q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
+            actor_loss = self.actor_loss(alpha * log_prob - q_policy)  # (T,)
 
-        surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
-        alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
+            surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
+            alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
 
-        weight, kept = self.task_weights(critic_loss + actor_loss + alpha_loss, alpha)
-        loss = (weight * (critic_loss + actor_loss) + kept * alpha_loss).mean()
-        self.step(loss)
+            weight, kept = self.task_weights(critic_loss + actor_loss + alpha_loss, alpha)
+            loss = (weight * (critic_loss + actor_loss) + kept * alpha_loss).mean()
+            torch.autograd.backward(loss)
+        self.step()
 
         with torch.no_grad():  # Polyak: Q' <- (1 - tau) Q' + tau Q
             slow: list[Tensor] = list(self.target_critic.parameters())
@@ -269,16 +297,26 @@ class SAC(Agent):
         logit = alpha.log() if self.config.loss_weight == "log_alpha" else alpha
         return kept * len(total) * torch.softmax(-logit[:, 0, 0], 0), kept
 
-    def step(self, loss: Tensor) -> None:
-        """Backward pass, clipping per network, and Adam on every parameter."""
-        optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        torch.autograd.backward(loss)
+    @contextmanager
+    def gradients(self) -> Iterator[Sequence[Tensor]]:
+        """Where losses are built and propagated backward: plainly, or with PCGrad.
+
+        Gives the critics' parameters as the losses see them.
+        """
+        if not self.config.pcgrad:
+            yield learned(self.critic_optimizer)
+            return
+        tasks = self.suite.num_tasks
+        draws = torch.rand(tasks, tasks, generator=self.noise, device=self.device)
+        with projected((self.actor, self.critic), draws.argsort(1)):
+            yield list(self.critic.parameters())
+
+    def step(self) -> None:
+        """Clipping per network, and Adam on every parameter."""
         if self.config.grad_clip is not None:
             for optimizer in (self.actor_optimizer, self.critic_optimizer):
                 clip_slices(learned(optimizer), self.config.grad_clip, self.INDEPENDENT_AXES)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
         if self.config.alpha_max is not None:
             with torch.no_grad():
@@ -291,7 +329,7 @@ class SAC(Agent):
         self.target_critic.load_state_dict(self.critic.state_dict())
         with torch.no_grad():
             self.log_alpha.zero_()
-        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
+        for optimizer in self.optimizers:
             optimizer.state.clear()
         self.resets += 1
         self.fresh = True

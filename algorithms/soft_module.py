@@ -37,6 +37,9 @@ from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
 from algorithms.routing import TaskEncoder
 from algorithms.sac import SAC, SACConfig
 
+SHALLOW: dict[str, Any] = {"layers": 2, "modules": 2, "module_width": 256}
+"""Soft Modularization Sec. 5.2."""
+
 
 class SoftModuleConfig(SACConfig):
     """Settings of Soft Module."""
@@ -64,10 +67,13 @@ class SoftModule(SAC):
     config: SoftModuleConfig
     PAPER: ClassVar[str] = "Yang et al. 2020, Soft Modularization (sizes: D2R Table 5)"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
-        "shallow": {"layers": 2, "modules": 2, "module_width": 256},
+        "shallow": SHALLOW,
         "paper": {"reading": "paper", "loss_weight": "alpha", "alpha_max": None},
         "no_balance": {"loss_weight": "none"},
         "no_state_routing": {"state_routing": False},
+        # As the paper ablates them, in its shallow network, balance first (Sec. 5.7, Fig. 6 c).
+        "shallow_no_balance": SHALLOW | {"loss_weight": "none"},
+        "shallow_no_balance_no_state": SHALLOW | {"loss_weight": "none", "state_routing": False},
         "authors": {"warmup_steps": 4000, "alpha_lr": 3e-4, "alpha_max": None,
                     "extreme_loss": None, "reward_scale": 1.0},
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,10 @@ def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec)
         assert all(moved.values()), [name for name, yes in moved.items() if not yes]
 
 
+UPDATES = {"hard_routing": 600}
+"""Updates until the bandit is learnt, 150 elsewhere."""
+
+
 def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
     """The quick version of learning: episodes of one step, and another best action per task."""
     best = torch.tensor([[0.6, 0.0], [-0.3, 0.5], [-0.3, -0.5]]).view(3, 1, 2)
@@ -313,12 +318,14 @@ def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
     greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(8)]
     untrained = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
     g = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    for _ in range(UPDATES.get(algorithm, 150)):
         action = 2 * torch.rand(3, 32, 4, generator=g) - 1
         agent.update(batch._replace(action=action, reward=reward(action)))
     greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(8)]
     learnt = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
-    assert (learnt > untrained + 0.4).all(), f"{learnt} after {untrained}; the best is 5"
+    assert (learnt > (untrained + 0.4).clamp(max=4.8)).all(), (
+        f"{learnt} after {untrained}; the best is 5"
+    )
     assert learnt.mean() > 4.2, "one action for all tasks earns 3.3"
 
 
@@ -364,8 +371,42 @@ PUBLISHED = {
     ("paco", 50): (1_700_290, 1_694_255),
     ("mega", 10): (488_392, 684_947),
     ("mega", 50): (488_392, 700_987),
+    # No paper counts these; the README and the algorithms' files do.
+    ("care@textbook", 10): (590_398, 704_135),
+    ("care@original", 10): (397_114, 436_907),
+    ("moore", 10): (1_379_320, 1_357_650),
+    ("moore", 50): (2_181_500, 2_050_750),
+    ("mixture_of_experts", 10): (2_738_852, 2_735_048),
+    ("mixture_of_experts", 50): (2_813_092, 2_809_288),
+    ("hard_routing", 10): (585_048, 585_585),
+    ("hard_routing", 50): (601_688, 601_585),
+    ("sac", 10): (3_400_080, 3_388_010),
 }
 """Actor and one critic, at the papers' sizes: D2R Table 8, MEGA at stage 3."""
+
+
+def test_the_readmes_table_of_algorithms_is_true() -> None:
+    """Every algorithm has its row: its file, variants that exist, the number of parameters."""
+    root = Path(__file__).resolve().parent.parent
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (root / "README.md").read_text(encoding="utf-8").splitlines()
+        if "](algorithms/" in line
+    ]
+    found = [re.fullmatch(r"\[`(\w+)`\]\((algorithms/\w+\.py)\)", row[0]) for row in rows]
+    named = {match[1]: match[2] for match in found if match}
+    files = {
+        n: t.partition(":")[0].replace(".", "/") + ".py" for n, t in algorithms.table().items()
+    }
+    assert named == {name: files[name] for name in named}
+    assert set(named) == {name for name, file in files.items() if (root / file).exists()}
+    for name, (_, _, variants, parameters) in zip(named, rows, strict=True):
+        for variant in re.findall(r"`(\w+)`", variants):
+            RunSpec.resolve(f"{name}@{variant}", "mt10_rand", 0)
+        for tasks, millions in zip((10, 50), re.findall(r"([\d.]+) M", parameters), strict=True):
+            if (name, tasks) in PUBLISHED:
+                exact = sum(PUBLISHED[name, tasks]) / 1e6
+                assert abs(float(millions) - exact) <= 0.005, f"{name}: {exact}"
 
 
 @pytest.mark.parametrize(("label", "tasks"), list(PUBLISHED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.distributions.transforms import TanhTransform
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
 from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
-from algorithms.sac import clip_slices, frozen, learned
+from algorithms.sac import ARS, clip_slices, frozen, learned
 from suites.base import SuiteSpec
 
 T, B, O, A = 3, 6, 5, 2  # noqa: E741
@@ -118,6 +119,7 @@ class Reference:
             *(adam(critic.parameters(), lr=self.c.critic_lr) for critic in self.critics),
             adam(self.log_alpha, lr=self.c.alpha_lr),
         ]
+        self.conflicts = 0
         self.noise = torch.Generator()
         self.noise.set_state(agent.noise.get_state())
 
@@ -132,10 +134,31 @@ class Reference:
     def q(self, nets: list[Net], obs: Tensor, action: Tensor, task: int) -> list[Tensor]:
         return [net(torch.cat([obs, action], 1), task)[:, 0] for net in nets]
 
+    def surgery(self, net: Net, losses: list[Tensor], order: Tensor) -> list[Tensor]:
+        """PCGrad, Algorithm 1."""
+        parameters = list(net.parameters())
+        g = [
+            torch.cat([
+                x.flatten() for x in torch.autograd.grad(loss, parameters, retain_graph=True)
+            ])
+            for loss in losses
+        ]  # fmt: skip
+        total = torch.zeros_like(g[0])
+        for i in range(T):
+            mine = g[i]
+            for j in order[i].tolist():
+                if j != i and mine @ g[j] < 0:
+                    self.conflicts += 1
+                    mine = mine - (mine @ g[j]) / (g[j] @ g[j]) * g[j]
+            total += mine
+        parts = total.split([p.numel() for p in parameters])
+        return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
     def update(self, batch: Batch) -> dict[str, list[float]]:
         c = self.c
         shape = (T, B, A)
         target_noise = torch.randn(shape, generator=self.noise).double()
+        order = torch.rand(T, T, generator=self.noise).argsort(1) if c.pcgrad else None
         policy_noise = torch.randn(shape, generator=self.noise).double()
         alpha = [value.detach().exp() for value in self.log_alpha]
         critic_losses, actor_losses, alpha_losses = [], [], []
@@ -183,6 +206,13 @@ class Reference:
             torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
             for net, loss in zip(nets, losses, strict=True)
         ]
+        if order is not None:
+            by_task = [actor_losses, critic_losses, critic_losses]
+            factors = [k * w / T for k, w in zip(kept, weight, strict=True)]
+            gradients = [
+                self.surgery(net, [f * x for f, x in zip(factors, each, strict=True)], order)
+                for net, each in zip(nets, by_task, strict=True)
+            ]
         alpha_gradient = torch.autograd.grad(mean(alpha_losses, [1.0] * T), self.log_alpha)
         for net, gradient in zip(nets, gradients, strict=True):
             for p, g in zip(net.parameters(), gradient, strict=True):
@@ -220,6 +250,8 @@ class Reference:
         {"alpha_max": 0.7, "alpha_lr": 0.5},
         {"extreme_loss": 30.0, "reward_scale": 1.0},
         {"extreme_loss": None, "alpha_max": None},
+        {"pcgrad": True, "critic_layer_norm": True},
+        {"pcgrad": True, "loss_weight": "none", "grad_clip": None},
     ],
     ids=lambda c: ",".join(c) or "paper",
 )
@@ -230,6 +262,9 @@ def test_updates_equal_the_equations(config: dict[str, Any]) -> None:
     masked = 0.0
     for number in range(5):
         batch = make_batch(number)
+        if agent.config.pcgrad:  # tasks that pull the critics apart
+            pull = torch.tensor([20.0, -20.0, 0.0]).double().view(T, 1, 1)
+            batch = batch._replace(reward=batch.reward + pull)
         metrics, expected = agent.update(batch), reference.update(batch)
         masked += sum(expected["masked"])
         for name, values in expected.items():
@@ -243,6 +278,7 @@ def test_updates_equal_the_equations(config: dict[str, Any]) -> None:
         torch.testing.assert_close(mine.detach(), theirs.detach())
     if config.get("extreme_loss"):
         assert 0 < masked < 5 * T, "some task must be masked, and not all"
+    assert (reference.conflicts > 0) == agent.config.pcgrad
 
 
 # ------------------------------------------------------------------------------ one by one
@@ -383,6 +419,13 @@ def test_reward_balance_is_capped_and_renewed_on_time() -> None:
     nothing.update(batch._replace(mean_reward=torch.zeros(T, 1, 1).double()))
     assert nothing.balance.flatten().tolist() == [1.0, 1.0, 1.0]
     assert make_agent().balanced(batch) is batch.reward
+
+
+@pytest.mark.parametrize(("tasks", "resets"), [(3, 4), (10, 4), (50, 6)])
+def test_arss_resets_follow_the_number_of_tasks(tasks: int, resets: int) -> None:
+    suite = replace(SUITE, task_names=tuple(f"task-{t}" for t in range(tasks)))
+    assert MTSAC(suite, MTSACConfig(**ARS, width=4, depth=1), PLAN, seed=0).config.resets == resets
+    assert MTSACConfig().for_run(suite, PLAN).resets == 0
 
 
 # --------------------------------------------------------------------------------- networks
