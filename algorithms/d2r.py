@@ -43,7 +43,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.agent import AgentConfig, Batch, Plan
-from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
+from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear, blended
 from algorithms.routing import (
     Choice,
     RoutedNetwork,
@@ -369,12 +369,8 @@ def _read(
     ``o`` and ``y`` (C, n, T, B, d): the modules' outputs with and without their shortcuts.
     """
 
-    def mix(p: Tensor, values: Tensor) -> Tensor:
-        """(C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d)."""
-        return torch.matmul(p, values.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
-
-    u = mix(weights[..., rows, :], o)
+    u = blended(weights[..., rows, :], o)
     if blocked is None:
         return u, u
     # rsg[o] = o - (y - sg[y]): nothing to the value, y's share of the gradient less.
-    return u, u - mix(blocked[..., rows, :], y - y.detach())
+    return u, u - blended(blocked[..., rows, :], y - y.detach())

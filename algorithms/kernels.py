@@ -404,3 +404,42 @@ def mix_orthonormal_backward(
                     for w in range(width):
                         of_h[c, i, n, w] -= back * v[c, j, n, w]
                         of_v[j, w] -= shadow * of_r[w] + back * h[c, i, n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def blend(p: Array, o: Array, out: Array) -> None:
+    """out_i = sum_j p_ij o_j of each row: ``p`` (C, N, I, J), ``o`` (C, J, N, d), (C, I, N, d)."""
+    copies, rows, most, sources = p.shape
+    width = o.shape[3]
+    for c in range(copies):
+        for n in range(rows):
+            for i in range(most):
+                for j in range(sources):
+                    share = p[c, n, i, j]
+                    if j == 0:
+                        for w in range(width):
+                            out[c, i, n, w] = share * o[c, j, n, w]
+                    else:
+                        for w in range(width):
+                            out[c, i, n, w] += share * o[c, j, n, w]
+
+
+@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+def blend_backward(gradient: Array, p: Array, o: Array, of_p: Array, of_o: Array) -> None:
+    """Gradients of `blend`: <g_i, o_j> for p_ij, sum_i p_ij g_i for o_j."""
+    copies, rows, most, sources = p.shape
+    width = o.shape[3]
+    for c in range(copies):
+        for n in range(rows):
+            for j in range(sources):
+                for i in range(most):
+                    share, inner = p[c, n, i, j], o.dtype.type(0)
+                    if i == 0:
+                        for w in range(width):
+                            inner += gradient[c, i, n, w] * o[c, j, n, w]
+                            of_o[c, j, n, w] = share * gradient[c, i, n, w]
+                    else:
+                        for w in range(width):
+                            inner += gradient[c, i, n, w] * o[c, j, n, w]
+                            of_o[c, j, n, w] += share * gradient[c, i, n, w]
+                    of_p[c, n, i, j] = inner

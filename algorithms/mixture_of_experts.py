@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.nn import Linear, mlp
+from algorithms.nn import Linear, blended, mlp
 from algorithms.sac import SAC, SACConfig
 
 
@@ -104,5 +104,5 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
         each = self.experts(x[:, None])  # (C, experts, T, B, W)
-        output: Tensor = self.head(torch.einsum("ctbe,cetbw->ctbw", self.weights(x), each))
+        output: Tensor = self.head(blended(self.weights(x)[..., None, :], each)[:, 0])
         return output

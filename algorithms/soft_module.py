@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear
+from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear, blended
 from algorithms.routing import TaskEncoder
 from algorithms.sac import SAC, SACConfig
 
@@ -192,11 +192,11 @@ class SoftModuleNetwork(nn.Module):
         o = self.stack[0]((state.relu() if code else state)[:, None])  # (C, n, T, B, d)
         for layer, (module, p) in enumerate(zip(self.stack[1:], weights, strict=True)):
             norm = self.norms[layer] if len(self.norms) else nn.Identity()
-            o = module(norm(_mix(p, o)).relu() if code else _mix(p, norm(o).relu()))
+            o = module(norm(blended(p, o)).relu() if code else blended(p, norm(o).relu()))
         if q is None:
             output: Tensor = o.sum(1)
         else:
-            mixed = _mix(q[..., None, :], o)[:, 0]
+            mixed = blended(q[..., None, :], o)[:, 0]
             if len(self.norms):
                 mixed = self.norms[-1](mixed)
             output = self.head(mixed.relu())
@@ -206,9 +206,3 @@ class SoftModuleNetwork(nn.Module):
 def _rows(logits: Tensor, modules: int) -> Tensor:
     """Eq. 7: (..., n n) -> (..., n, n), each row a softmax over its sources."""
     return torch.softmax(logits.view(*logits.shape[:-1], modules, modules), -1)
-
-
-def _mix(weights: Tensor, outputs: Tensor) -> Tensor:
-    """sum_j P_ij o_j: (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d)."""
-    mixed = torch.matmul(weights, outputs.permute(0, 2, 3, 1, 4))
-    return mixed.permute(0, 3, 1, 2, 4)

@@ -260,6 +260,23 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
                 torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
 
 
+@pytest.mark.parametrize("destinations", [1, 3])
+def test_the_compiled_blend_is_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, destinations: int
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(2, 3, 4, destinations, 5, generator=g).double().requires_grad_()
+    o = torch.randn(2, 5, 3, 4, 6, generator=g).double().requires_grad_()
+    weight = torch.randn(2, destinations, 3, 4, 6, generator=g).double()
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
+        mixed = nn_parts.blended(p, o)
+        found.append([mixed, *torch.autograd.grad((mixed * weight).sum(), [p, o])])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_moores_compiled_mixture_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, which stay finite where an expert has no output."""
     g = torch.Generator().manual_seed(0)
