@@ -13,6 +13,7 @@ view of each row would cost more than its arithmetic. An optional array is absen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_LOOSE = {"reassoc", "contract", "arcp", "nsz"}
-"""Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning."""
+
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled at the first call, and kept on disk for the next process where that is possible."""
+    options: dict[str, Any] = {
+        # Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
+        "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+        "error_model": "numpy",
+    }
+    try:
+        return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # neither the package nor the home directory can be written
+        return njit(**options)(function)  # type: ignore[no-any-return]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def choose(
     z: Array,
     score: Array,
@@ -71,7 +82,7 @@ def choose(
                             k += 1
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def below_largest(
     z: Array,
     out: Array,
@@ -93,7 +104,7 @@ def below_largest(
             start += i
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def weigh(
     places: Array,
     inside: Array,
@@ -136,7 +147,7 @@ def weigh(
                     weights[i, row, k] = weight
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def weigh_backward(
     gradient: Array,
     places: Array,
@@ -171,7 +182,7 @@ def weigh_backward(
                     out[c, place, n] += weights[i, row, k] * gradient[i, row, k]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def mix(
     m: Array,
     sources: Array,
@@ -191,7 +202,7 @@ def mix(
                     u[n, w] += p * m[j, n, w]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def activate(
     x: Array, bias: Array, scale: Array, shift: Array, u: Array, inverse: Array, out: Array
 ) -> None:
@@ -233,7 +244,7 @@ def activate(
                 out[n, w] += u[n, w]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def activate_backward(
     gradient: Array,
     blocked: Array,
@@ -288,7 +299,7 @@ def activate_backward(
                 out[n, w] = value
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def push(
     a: Array,
     t: Array,
@@ -327,7 +338,7 @@ def push(
                         blocked[j, n, w] += p * a[n, w]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def mix_orthonormal(
     h: Array, weights: Array, eps: float, v: Array, norms: Array, out: Array
 ) -> None:
@@ -364,7 +375,7 @@ def mix_orthonormal(
                     out[c, n, w] = share * v[c, i, n, w] + (out[c, n, w] if i else kind(0))
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def mix_orthonormal_backward(
     gradient: Array, h: Array, weights: Array, eps: float, v: Array, norms: Array,
     of_h: Array, of_weights: Array,
@@ -406,7 +417,7 @@ def mix_orthonormal_backward(
                         of_v[j, w] -= shadow * of_r[w] + back * h[c, i, n, w]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def blend(p: Array, o: Array, out: Array) -> None:
     """out_i = sum_j p_ij o_j of each row: ``p`` (C, N, I, J), ``o`` (C, J, N, d), (C, I, N, d)."""
     copies, rows, most, sources = p.shape
@@ -424,7 +435,7 @@ def blend(p: Array, o: Array, out: Array) -> None:
                             out[c, i, n, w] += share * o[c, j, n, w]
 
 
-@njit(cache=True, fastmath=_LOOSE, error_model="numpy")
+@_compile
 def blend_backward(gradient: Array, p: Array, o: Array, of_p: Array, of_o: Array) -> None:
     """Gradients of `blend`: <g_i, o_j> for p_ij, sum_i p_ij g_i for o_j."""
     copies, rows, most, sources = p.shape
