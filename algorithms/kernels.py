@@ -418,10 +418,13 @@ def mix_orthonormal_backward(
 
 
 @_compile
-def blend(p: Array, o: Array, out: Array) -> None:
-    """out_i = sum_j p_ij o_j of each row: ``p`` (C, N, I, J), ``o`` (C, J, N, d), (C, I, N, d)."""
+def blend(p: Array, o: Array, rectify: bool, out: Array) -> None:
+    """out_i = sum_j p_ij o_j of each row, with a ReLU after it if ``rectify``.
+
+    ``p`` (C, N, I, J), ``o`` (C, J, N, d), ``out`` (C, I, N, d).
+    """
     copies, rows, most, sources = p.shape
-    width = o.shape[3]
+    width, zero = o.shape[3], o.dtype.type(0)
     for c in range(copies):
         for n in range(rows):
             for i in range(most):
@@ -433,24 +436,34 @@ def blend(p: Array, o: Array, out: Array) -> None:
                     else:
                         for w in range(width):
                             out[c, i, n, w] += share * o[c, j, n, w]
+                if rectify:
+                    for w in range(width):
+                        out[c, i, n, w] = max(out[c, i, n, w], zero)
 
 
 @_compile
-def blend_backward(gradient: Array, p: Array, o: Array, of_p: Array, of_o: Array) -> None:
+def blend_backward(
+    gradient: Array, p: Array, o: Array, rectify: bool, out: Array, of_p: Array, of_o: Array
+) -> None:
     """Gradients of `blend`: <g_i, o_j> for p_ij, sum_i p_ij g_i for o_j."""
     copies, rows, most, sources = p.shape
-    width = o.shape[3]
+    width, zero = o.shape[3], o.dtype.type(0)
+    g = np.empty((most, width), o.dtype)
     for c in range(copies):
         for n in range(rows):
+            for i in range(most):
+                for w in range(width):
+                    passes = not rectify or out[c, i, n, w] > zero
+                    g[i, w] = gradient[c, i, n, w] if passes else zero
             for j in range(sources):
                 for i in range(most):
-                    share, inner = p[c, n, i, j], o.dtype.type(0)
+                    share, inner = p[c, n, i, j], zero
                     if i == 0:
                         for w in range(width):
-                            inner += gradient[c, i, n, w] * o[c, j, n, w]
-                            of_o[c, j, n, w] = share * gradient[c, i, n, w]
+                            inner += g[i, w] * o[c, j, n, w]
+                            of_o[c, j, n, w] = share * g[i, w]
                     else:
                         for w in range(width):
-                            inner += gradient[c, i, n, w] * o[c, j, n, w]
-                            of_o[c, j, n, w] += share * gradient[c, i, n, w]
+                            inner += g[i, w] * o[c, j, n, w]
+                            of_o[c, j, n, w] += share * g[i, w]
                     of_p[c, n, i, j] = inner

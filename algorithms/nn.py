@@ -245,36 +245,42 @@ class _Rectified(torch.autograd.Function):
         )
 
 
-def blended(weights: Tensor, outputs: Tensor) -> Tensor:
-    """sum_j p_ij o_j: (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d)."""
+def blended(weights: Tensor, outputs: Tensor, *, rectify: bool = False) -> Tensor:
+    """sum_j p_ij o_j: (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d), or its ReLU."""
     if compiled(outputs):
-        mixed: Tensor = _Blended.apply(weights, outputs)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _Blended.apply(weights, outputs, rectify)  # type: ignore[no-untyped-call]
         return mixed
-    return torch.matmul(weights, outputs.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
+    mixed = torch.matmul(weights, outputs.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
+    return mixed.relu() if rectify else mixed
 
 
 class _Blended(torch.autograd.Function):
     """`blended` in one compiled pass: small products for each row cost more than their sums."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, outputs: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, outputs: Tensor, rectify: bool) -> Tensor:
         p, o = weights.contiguous().flatten(1, 2), outputs.contiguous().flatten(2, 3)
         mixed = o.new_empty(len(o), p.shape[2], *o.shape[2:])
-        blend(p.numpy(), o.numpy(), mixed.numpy())
-        ctx.save_for_backward(p, o)
-        return mixed.view(*mixed.shape[:2], *outputs.shape[2:])
+        blend(p.numpy(), o.numpy(), rectify, mixed.numpy())
+        result = mixed.view(*mixed.shape[:2], *outputs.shape[2:])
+        ctx.save_for_backward(p, o, result)
+        ctx.rectify = rectify
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        p, o = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, o, result = ctx.saved_tensors
         of_p, of_o = torch.empty_like(p), torch.empty_like(o)
-        of_mixed = gradient.contiguous().flatten(2, 3)
-        blend_backward(of_mixed.numpy(), p.numpy(), o.numpy(), of_p.numpy(), of_o.numpy())
+        blend_backward(
+            gradient.contiguous().flatten(2, 3).numpy(), p.numpy(), o.numpy(), ctx.rectify,
+            result.flatten(2, 3).numpy(), of_p.numpy(), of_o.numpy(),
+        )  # fmt: skip
         tasks_rows = gradient.shape[2:4]
         return (
             of_p.view(len(p), *tasks_rows, *p.shape[2:]),
             of_o.view(*o.shape[:2], *tasks_rows, o.shape[3]),
+            None,
         )
 
 

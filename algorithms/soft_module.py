@@ -191,15 +191,20 @@ class SoftModuleNetwork(nn.Module):
         code = q is not None
         o = self.stack[0]((state.relu() if code else state)[:, None])  # (C, n, T, B, d)
         for layer, (module, p) in enumerate(zip(self.stack[1:], weights, strict=True)):
-            norm = self.norms[layer] if len(self.norms) else nn.Identity()
-            o = module(norm(blended(p, o)).relu() if code else blended(p, norm(o).relu()))
+            norm = self.norms[layer] if len(self.norms) else None
+            if not code:
+                o = module(blended(p, (o if norm is None else norm(o)).relu()))
+            elif norm is None:
+                o = module(blended(p, o, rectify=True))
+            else:
+                o = module(norm(blended(p, o)).relu())
         if q is None:
             output: Tensor = o.sum(1)
         else:
-            mixed = blended(q[..., None, :], o)[:, 0]
+            mixed = blended(q[..., None, :], o, rectify=not len(self.norms))[:, 0]
             if len(self.norms):
-                mixed = self.norms[-1](mixed)
-            output = self.head(mixed.relu())
+                mixed = self.norms[-1](mixed).relu()
+            output = self.head(mixed)
         return output
 
 

@@ -260,9 +260,10 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
                 torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
 
 
+@pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("destinations", [1, 3])
 def test_the_compiled_blend_is_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, destinations: int
+    monkeypatch: pytest.MonkeyPatch, destinations: int, rectify: bool
 ) -> None:
     g = torch.Generator().manual_seed(0)
     p = torch.randn(2, 3, 4, destinations, 5, generator=g).double().requires_grad_()
@@ -271,7 +272,7 @@ def test_the_compiled_blend_is_the_plain_one(
     found = []
     for compiled in (True, False):
         monkeypatch.setattr(nn_parts, "COMPILED", compiled)
-        mixed = nn_parts.blended(p, o)
+        mixed = nn_parts.blended(p, o, rectify=rectify)
         found.append([mixed, *torch.autograd.grad((mixed * weight).sum(), [p, o])])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
