@@ -11,9 +11,11 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +25,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from reports.frames import MissingError, Section, base_name
+from reports.frames import Ablation, MissingError, ProbedRun, Section, base_name
+from reports.registry import Registry, Source
 
 WIDTH = 7.1
 """Inches: the text width of a two-column paper."""
@@ -99,6 +102,10 @@ class Drawing:
         """The figure as vectors, its text as outlines."""
         return self._save("svg")
 
+    def _repr_png_(self) -> bytes:
+        """As a notebook shows it."""
+        return self.png()
+
     def _save(self, kind: str) -> bytes:
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
@@ -108,28 +115,29 @@ class Drawing:
         return buffer.getvalue()
 
 
-FIGURES: dict[str, Callable[[Section], Drawing]] = {}
+FIGURES: Registry[Section, Drawing] = Registry()
+"""Figures of a section."""
+ABLATION_FIGURES: Registry[Ablation, Drawing] = Registry()
+"""Figures of an ablation within a section."""
+
+
+def styled(function: Callable[[Source], Drawing]) -> Callable[[Source], Drawing]:
+    """The function drawing in the house's style, and laid out once, alike in every format."""
+
+    @wraps(function)
+    def draw(source: Source) -> Drawing:
+        with mpl.rc_context(STYLE):
+            made = function(source)
+            made.figure.draw_without_rendering()
+            made.figure.set_layout_engine("none")
+            return made
+
+    return draw
 
 
 def figure(name: str) -> Callable[[Callable[[Section], Drawing]], Callable[[Section], Drawing]]:
     """Registers a section's figure under ``name``, in the order of the page."""
-
-    def register(function: Callable[[Section], Drawing]) -> Callable[[Section], Drawing]:
-        if name in FIGURES:
-            raise ValueError(f"figure {name!r} is registered twice")
-
-        def styled(section: Section) -> Drawing:
-            with mpl.rc_context(STYLE):
-                made = function(section)
-                # Lay out once; both formats then share the positions.
-                made.figure.draw_without_rendering()
-                made.figure.set_layout_engine("none")
-                return made
-
-        FIGURES[name] = styled
-        return styled
-
-    return register
+    return lambda function: FIGURES.register(name)(styled(function))
 
 
 # Colours and layout ------------------------------------------------------------------------------
@@ -213,32 +221,137 @@ def task_name(name: str, limit: int = 26) -> str:
     return short(name.removesuffix("-v3").removesuffix("-v2"), limit)
 
 
-def panels(
-    section: Section, ylabel: str, share_y: bool = True
+def task_grid(
+    section: Section, cell: float, columns: int = 5, share_y: bool = True
 ) -> tuple[Figure, list[tuple[int, str, Axes]]]:
-    """Small multiples, one panel per task over environment steps."""
+    """A figure with a titled panel per task, ``cell`` inches high each: index, task, axes."""
     tasks = section.tasks
     if not tasks:
         raise MissingError("no evaluation has named the tasks yet")
-    columns = min(len(tasks), 5 if len(tasks) <= 25 else 8)
+    columns = min(len(tasks), columns if len(tasks) <= 25 else 8)
     rows = -(-len(tasks) // columns)
-    made = new_figure(height=0.85 + (1.3 if columns <= 5 else 1.1) * rows)
+    dense = columns > 5
+    made = new_figure(height=0.85 + (0.85 if dense else 1) * cell * rows)
     grid = made.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
     for spare in grid.flat[len(tasks) :]:
         spare.set_axis_off()
     cells = []
     for index, (name, axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        if columns <= 5:
-            axes.set_title(task_name(name), fontsize=7.5, pad=3)
-        else:
+        if dense:
             axes.set_title("\n".join(textwrap.wrap(task_name(name, 32), 16)), fontsize=6, pad=3)
+        else:
+            axes.set_title(task_name(name), fontsize=7.5, pad=3)
         axes.tick_params(labelsize=6.5)
-        steps_axis(axes, label="", ticks=3)
-        if index + columns >= len(tasks):
-            axes.tick_params(labelbottom=True)
         cells.append((index, name, axes))
+    return made, cells
+
+
+def panels(
+    section: Section, ylabel: str, share_y: bool = True
+) -> tuple[Figure, list[tuple[int, str, Axes]]]:
+    """Small multiples, one panel per task over environment steps."""
+    made, cells = task_grid(section, cell=1.3, share_y=share_y)
+    columns = cells[0][2].get_gridspec().ncols
+    for index, _, axes in cells:
+        steps_axis(axes, label="", ticks=3)
+        if index + columns >= len(cells):
+            axes.tick_params(labelbottom=True)
     made.supylabel(ylabel, fontsize=8)
     return made, cells
+
+
+def wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """Runs x steps, the mean over the rows of a cell."""
+    return rows.pivot_table(index="run", columns="step", values="value")
+
+
+def draw_probe(
+    section: Section, runs: list[ProbedRun], key: str, words: str, ylabel: str, steps: bool
+) -> tuple[Figure, list[tuple[int, str, Axes]], pd.DataFrame]:
+    """A per-task probe over training; ``steps`` draws a staircase, seeds nudged apart."""
+    styles = section_looks(section)
+    made, cells = panels(section, ylabel)
+    frames = []
+    for run in runs:
+        when, values = run.series(key)
+        if values.shape[1:] != (len(section.tasks),):
+            raise MissingError(f"probe {key!r} of run {run.run} has not one value per task")
+        frames.append(
+            pd.DataFrame(
+                {
+                    "label": run.label,
+                    "run": run.run,
+                    "finished": run.finished,
+                    "step": np.repeat(when, values.shape[1]),
+                    "task": np.tile(list(section.tasks), len(when)),
+                    "value": values.ravel().astype(float),
+                }
+            )
+        )
+        others = [other.run for other in runs if other.label == run.label]
+        nudge = 0.08 * (others.index(run.run) - (len(others) - 1) / 2) if steps else 0.0
+        for index, _, axes in cells:
+            axes.plot(
+                when,
+                values[:, index] + nudge,
+                color=styles[run.label].colour,
+                linewidth=0.7,
+                alpha=0.7,
+                linestyle="-" if run.finished else ":",
+                drawstyle="steps-post" if steps else "default",
+            )
+    rows = pd.concat(frames, ignore_index=True)
+    for _, task, axes in cells:
+        chosen = rows[(rows["task"] == task) & rows["finished"]]
+        for label, group in chosen.groupby("label"):
+            mean = wide(group).dropna(axis="columns").mean()
+            look = styles[str(label)]
+            axes.plot(
+                mean.index.to_numpy(),
+                mean.to_numpy(),
+                color=look.colour,
+                linestyle=look.dash,
+                linewidth=1.5,
+                drawstyle="steps-post" if steps else "default",
+            )
+    title(made, words, section)
+    return made, cells, rows
+
+
+def map_panels(section: Section, maps: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
+    """Planes of points coloured by task: (title, points ``(n, 2)``, task ``(n,)``) each."""
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    few = len(section.tasks) <= 12
+    below = 0 if few else 0.14 * len(section.tasks) / 4
+    made = new_figure(height=below + (0.6 + 2.35 * rows if columns > 1 else 3.6))
+    grid = made.subplots(rows, columns, squeeze=False)
+    for spare in grid.flat[len(maps) :]:
+        spare.set_axis_off()
+    palette = [
+        (TASK_COLOURS[i % len(TASK_COLOURS)], MARKERS[(i + i // 10) % len(MARKERS)])
+        for i in range(len(section.tasks))
+    ]
+    for axes, (name, points, task) in zip(grid.flat, maps, strict=False):
+        for index, (colour, marker) in enumerate(palette):
+            mine = points[task == index]
+            axes.scatter(*mine.T, s=13, color=colour, marker=marker, linewidths=0, alpha=0.8)
+        axes.set_title(name)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel("t-SNE 1", fontsize=7)
+        axes.set_ylabel("t-SNE 2" if axes in grid[:, 0] else "", fontsize=7)
+    handles = [
+        Line2D([], [], linestyle="", marker=m, color=c, markersize=4, label=task_name(name))
+        for name, (c, m) in zip(section.tasks, palette, strict=True)
+    ]
+    if not few:
+        legend(made, handles, size=6.5)
+    elif grid.size > len(maps):
+        grid.flat[len(maps)].legend(handles=handles, loc="center left")
+    else:
+        made.legend(handles=handles, loc="outside right center", ncols=1, fontsize=7)
+    return made
 
 
 STEPS = "environment steps per task"

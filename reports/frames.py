@@ -8,8 +8,8 @@ labels that say what differs.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,9 @@ RUN_COLUMNS: dict[str, Any] = {
     "updates_per_second": np.nan,
     "peak_memory_bytes": np.nan,
     "error": "",
+    "command": "",
+    "origin": "",
+    "sweep": "",
 }
 _ROW = {"run": "", "suite": "", "algorithm": "", "seed": -1, "step": 0}
 METRIC_COLUMNS = _ROW | {"kind": "", "task": "", "metric": "", "value": np.nan, "count": np.nan}
@@ -90,7 +93,8 @@ class Results:
     runs: pd.DataFrame = field(default_factory=pd.DataFrame)
     """One row per run: see ``RUN_COLUMNS``, and ``protocol.*``, ``config.*``, ``hardware.*``,
     ``versions.*``. ``step`` and ``steps_per_task`` count environment steps of each task;
-    ``seconds`` is training wall-clock."""
+    ``seconds`` is training wall-clock, ``command`` what trains the run again, ``origin`` the file
+    that somebody else's curves came from, ``sweep`` tells the sweeps of a comparison apart."""
     metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Tidy rows. Of ``success``, value and count are successes and episodes; of ``return``, the
     mean episode return and episodes; of anything else, a mean and its samples."""
@@ -104,12 +108,118 @@ class Results:
     """Per run, arrays computed on observations of the final evaluation."""
     tasks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Task names of a suite in the order of the task axis; without it, the order in metrics."""
+    ablations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> ``description``, ``paper`` and ``algos``, the labels that it compares."""
+    clips: dict[str, dict[str, Path]] = field(default_factory=dict)
+    """Per run and task, a GIF or MP4 of the learned policy."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Run directories that could not be read, and why."""
 
     def __post_init__(self) -> None:
         self.runs = _complete(self.runs, RUN_COLUMNS).drop_duplicates("run", keep="last")
         self.metrics = _complete(self.metrics, METRIC_COLUMNS)
         self.timing = _complete(self.timing, TIMING_COLUMNS)
         self.health = _complete(self.health, HEALTH_COLUMNS)
+
+    def __add__(self, other: Results) -> Results:
+        """Both; of runs, suites and ablations that both name, the other's."""
+        return Results(
+            runs=_stacked(self.runs, other.runs),
+            metrics=_stacked(self.metrics, other.metrics),
+            timing=_stacked(self.timing, other.timing),
+            health=_stacked(self.health, other.health),
+            probes=self.probes | other.probes,
+            traces=self.traces | other.traces,
+            tasks=self.tasks | other.tasks,
+            ablations=self.ablations | other.ablations,
+            clips=self.clips | other.clips,
+            unreadable=self.unreadable | other.unreadable,
+        )
+
+    def named(self, sweep: str) -> Results:
+        """The same with ``sweep`` in the labels, to be compared with another sweep's.
+
+        >>> build(load("before").named("before") + load("after").named("after"), "comparison")
+        """
+
+        def inside(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame.assign(run=[f"{sweep}/{run}" for run in frame["run"]])
+
+        def renamed(runs: dict[str, Any]) -> dict[str, Any]:
+            return {f"{sweep}/{run}": value for run, value in runs.items()}
+
+        return replace(
+            self,
+            runs=inside(self.runs).assign(sweep=sweep),
+            metrics=inside(self.metrics),
+            timing=inside(self.timing),
+            health=inside(self.health),
+            probes=renamed(self.probes),
+            traces=renamed(self.traces),
+            clips=renamed(self.clips),
+            unreadable=renamed(self.unreadable),
+        )
+
+
+def _stacked(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    present = [frame for frame in (first, second) if len(frame)]
+    return pd.concat(present, ignore_index=True) if present else first
+
+
+CURVE_COLUMNS = ("algorithm", "step", "success")
+"""What a table of curves must have; ``suite``, ``seed``, ``task``, ``return``, ``episodes``,
+``preset`` and ``steps_per_task`` it may have."""
+
+
+def read_curves(path: Path) -> Results:
+    """Curves from elsewhere: a CSV of success rates in [0, 1] over environment steps per task.
+
+    Needs ``CURVE_COLUMNS``; a row without ``task`` is a mean over tasks. Curves that state a
+    ``preset`` and ``steps_per_task`` of ours are drawn beside ours, others by themselves. The last
+    row of each curve counts as its final evaluation.
+
+    Raises:
+        ValueError: a column is missing or a success rate is none.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    frame = pd.read_csv(path)
+    if lacking := [name for name in CURVE_COLUMNS if name not in frame]:
+        raise ValueError(
+            f"{path}: column {lacking[0]!r} is missing; needed are {', '.join(CURVE_COLUMNS)}"
+        )
+    defaults = {
+        "suite": "unknown",
+        "seed": 0,
+        "task": "all",
+        "episodes": 1,
+        "preset": "imported",
+        "steps_per_task": int(frame["step"].max()) if len(frame) else 0,
+    }
+    for name, value in defaults.items():
+        frame[name] = frame[name].fillna(value) if name in frame else value
+    rates = pd.to_numeric(frame["success"], errors="coerce")
+    if not rates.between(0, 1).all():
+        wrong = frame.loc[~rates.between(0, 1), "success"].iloc[0]
+        raise ValueError(f"{path}: success {wrong!r} is no rate between 0 and 1")
+    keys = ["suite", "algorithm", "seed", "preset", "steps_per_task"]
+    frame["run"] = [f"{path.name}: " + "/".join(map(str, key)) for key in frame[keys].to_numpy()]
+    last = frame["step"] == frame.groupby("run")["step"].transform("max")
+    runs = frame.groupby("run", as_index=False).agg({"step": "max"} | dict.fromkeys(keys, "first"))
+    row = ["run", "suite", "algorithm", "seed", "step", "task"]
+    success = frame[row].assign(
+        kind=np.where(last, "final", "eval"),
+        metric="success",
+        value=rates * frame["episodes"],
+        count=frame["episodes"],
+    )
+    metrics = [success]
+    if "return" in frame:
+        metrics.append(success.assign(metric="return", value=frame["return"]))
+    return Results(
+        runs=runs.assign(state="done", origin=path.name),
+        metrics=pd.concat(metrics, ignore_index=True),
+    )
 
 
 @cache
@@ -161,7 +271,7 @@ def order_key(label: str) -> tuple[int, str]:
 
 def base_name(label: str) -> str:
     """``mega`` of ``mega@softmax [tau=0.01]``."""
-    return label.split(" [")[0].split("@")[0]
+    return label.split("[")[0].split("@")[0].strip()
 
 
 def _labels(runs: pd.DataFrame) -> list[str]:
@@ -172,12 +282,13 @@ def _labels(runs: pd.DataFrame) -> list[str]:
         if str(name).startswith(("protocol.", "config."))
         and str(name).split(".", 1)[1] not in ("seed", "steps_per_task")
     ]
+    settings += ["sweep", "origin"]
     marks = pd.Series("", index=runs.index)
     for _, group in runs.groupby("algorithm"):
         for name in settings:
             values = group[name].map(text)
             if len(set(values) - {""}) > 1:
-                short = name.split(".", 1)[1]
+                short = name.split(".", 1)[-1]
                 marks.loc[group.index] += [f", {short}={value or '?'}" for value in values]
     return [
         f"{algorithm} [{mark[2:]}]" if mark else algorithm
@@ -199,6 +310,11 @@ class ProbedRun:
         """Steps ``(S,)`` and values ``(S, ...)`` of one array over training."""
         kept = [(step, arrays[key]) for step, arrays in self.snapshots if key in arrays]
         return np.array([s for s, _ in kept]), np.stack([v for _, v in kept])
+
+
+def labels_of(runs: Iterable[ProbedRun]) -> list[str]:
+    """Their labels in display order."""
+    return sorted({run.label for run in runs}, key=order_key)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,6 +343,37 @@ class Section:
     def labels(self) -> list[str]:
         """Every label of the section in display order, also of runs without results."""
         return sorted(set(self.runs["label"]), key=order_key)
+
+    @cached_property
+    def ablations(self) -> list[Ablation]:
+        """Ablations of which at least two variants have runs here, none within another."""
+        here = set(self.runs["algorithm"])
+        found: dict[frozenset[str], Ablation] = {}
+        for name, entry in self.results.ablations.items():
+            present = [algo for algo in entry["algos"] if algo in here]
+            if len(present) > 1 and any("@" in algo for algo in present):
+                part = self.only(present)
+                rank = {algo: k for k, algo in enumerate(present)}
+                labels = part.runs.sort_values("algorithm", key=lambda a: a.map(rank))["label"]
+                ablation = Ablation(
+                    name=name,
+                    description=str(entry.get("description", name)),
+                    paper=str(entry.get("paper", "")),
+                    labels=tuple(dict.fromkeys(labels)),
+                    section=part,
+                )
+                found.setdefault(frozenset(present), ablation)
+        return [a for key, a in found.items() if not any(key < other for other in found)]
+
+    def only(self, algorithms: Iterable[str]) -> Section:
+        """The part of the section with runs of these algorithms."""
+        chosen = set(algorithms)
+        return replace(
+            self,
+            runs=self.runs[self.runs["algorithm"].isin(chosen)],
+            metrics=self.metrics[self.metrics["algorithm"].isin(chosen)],
+            timing=self.timing[self.timing["algorithm"].isin(chosen)],
+        )
 
     @cached_property
     def paper_steps(self) -> int | None:
@@ -288,6 +435,23 @@ class Section:
         """Labels with at least one finished run, in display order."""
         return [label for label in self.labels if len(self.scores(label))]
 
+    @cached_property
+    def hardware(self) -> list[str]:
+        """The machines of the runs, in words."""
+        columns = [c for c in self.runs.columns if str(c).startswith("hardware.")]
+        names = [str(c).removeprefix("hardware.").replace("_", " ") for c in columns]
+        described = {
+            ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True) if value)
+            for values in zip(*(self.runs[c].map(text) for c in columns), strict=True)
+        }
+        return sorted(described - {""})
+
+    @cached_property
+    def parameters(self) -> dict[str, float]:
+        """Parameters of actor and one critic per label, where recorded."""
+        both = self.runs["parameters_actor"] + self.runs["parameters_critic"]
+        return dict(both.groupby(self.runs["label"]).mean().dropna())
+
     def curves(self, metric: str) -> pd.DataFrame:
         """Evaluations during training and the final one: label, run, finished, step, task, value.
 
@@ -339,10 +503,29 @@ class Section:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ablation:
+    """The part of a section that one ablation compares."""
+
+    name: str
+    description: str
+    paper: str
+    labels: tuple[str, ...]
+    """In the ablation's own order."""
+    section: Section
+
+    @property
+    def base(self) -> str:
+        """What the others are compared with: the algorithm without a variant, else the first."""
+        scored = [label for label in self.labels if label in self.section.scored]
+        return next((label for label in scored if "@" not in label), (*scored, *self.labels)[0])
+
+
 def _task_order(results: Results, suite: str, metrics: pd.DataFrame) -> tuple[str, ...]:
     candidates = [*results.tasks.get(suite, ()), *pd.unique(metrics["task"])]
     # Rows about all tasks together carry no task name, or none that is text.
-    return tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in _NO_TASK))
+    named = tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in _NO_TASK))
+    return named or (("all",) if len(metrics) else ())
 
 
 def _references(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:

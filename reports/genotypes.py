@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from reports.embedding import RANDOM_STATE, plane, silhouette
 
 OFFSET = 0.99
 """HalfSoftmax's offset (MEGA Eq. 8)."""
-RANDOM_STATE = 0
 MIN_POINTS = 10
 
 Bits = NDArray[np.int8]
@@ -65,14 +63,6 @@ def weight_matrix(bits: Bits, precision: int, max_stage: int) -> Floats:
     for row, decimals in [*enumerate(modules), (max_stage, head)]:
         grid[row, : len(decimals)] = half_softmax(decimals)
     return grid
-
-
-def silhouette(points: Floats, labels: NDArray[np.int64]) -> float:
-    """Mean silhouette of the labelling, NaN where it is not defined (one label, or all alone)."""
-    groups = len(np.unique(labels))
-    if not 2 <= groups < len(points):
-        return float("nan")
-    return float(silhouette_score(points, labels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +114,12 @@ def embed(sample: list[tuple[int, Bits]], precision: int, max_points: int = 400)
     stage = np.array([stage_of(len(b), precision) for _, b in sample], dtype=np.int64)
     grids = np.stack([weight_matrix(b, precision, int(stage.max())) for _, b in sample])
     flat = grids.reshape(len(sample), -1)
-    perplexity = float(min(30.0, max(2.0, (len(sample) - 1) / 3)))
-    # One thread: the order of the sums, and so the picture, must not depend on the machine's load.
-    with threadpool_limits(1):
-        plane = TSNE(
-            perplexity=perplexity, init="pca", learning_rate="auto", random_state=RANDOM_STATE
-        ).fit_transform(flat)
-        return Embedding(
-            points=np.asarray(plane, dtype=np.float64),
-            task=task,
-            stage=stage,
-            perplexity=perplexity,
-            silhouette_task=silhouette(flat, task),
-            silhouette_stage=silhouette(flat, stage),
-        )
+    points, perplexity = plane(flat)
+    return Embedding(
+        points=points,
+        task=task,
+        stage=stage,
+        perplexity=perplexity,
+        silhouette_task=silhouette(flat, task),
+        silhouette_stage=silhouette(flat, stage),
+    )

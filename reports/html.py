@@ -27,10 +27,8 @@ from reports.tables import (
     last_line,
     run_table,
     setting_warnings,
-    to_csv,
-    to_latex,
-    to_markdown,
 )
+from reports.writers import to_csv, to_latex, to_markdown
 
 TABLE_WRITERS: dict[str, Callable[[Table], str]] = {
     "csv": to_csv,

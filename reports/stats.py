@@ -87,6 +87,37 @@ def interquartile_mean(scores: ArrayLike) -> Floats:
     return _floats(middle.mean(axis=-1))
 
 
+def task_mean(scores: ArrayLike) -> Floats:
+    """Mean over the last two axes ``(..., n, T)``."""
+    return _floats(_floats(scores).mean(axis=(-2, -1)))
+
+
+def task_median(scores: ArrayLike) -> Floats:
+    """Median over tasks of the mean over seeds, of ``(..., n, T)``."""
+    return _floats(np.median(_floats(scores).mean(axis=-2), axis=-1))
+
+
+AGGREGATES: dict[str, Callable[[Floats], Floats]] = {
+    "Median": task_median,
+    "IQM": interquartile_mean,
+    "Mean": task_mean,
+}
+"""The aggregates of Agarwal et al. 2021 by their names. Their optimality gap is 1 - mean for
+success rates, which never exceed 1, and so is left out."""
+
+
+def area_under_curve(steps: ArrayLike, values: ArrayLike) -> Floats:
+    """Mean height of a curve: its trapezoid area over the range of ``steps`` ``(S,)``.
+
+    ``values`` is ``(S, ...)``; a single point is its own height.
+    """
+    x, y = _floats(steps), _floats(values)
+    if len(x) < 2 or x[-1] == x[0]:
+        return _floats(y[-1])
+    widths = np.diff(x).reshape(-1, *[1] * (y.ndim - 1))
+    return _floats((widths * (y[1:] + y[:-1]) / 2).sum(axis=0) / (x[-1] - x[0]))
+
+
 def _resample(scores: Floats, rng: np.random.Generator, replicates: int) -> Floats:
     """``(replicates, n, T)``: seeds drawn with replacement within each task (the strata)."""
     n, tasks = scores.shape
@@ -112,6 +143,28 @@ def stratified_interval(
     if x.shape[0] < MIN_SEEDS:
         return Estimate(value)
     return Estimate(value, *_percentiles(statistic(_resample(x, rng, replicates))))
+
+
+def performance_profile(
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    rng: np.random.Generator,
+    replicates: int = REPLICATES,
+) -> tuple[Floats, Floats, Floats]:
+    """Share of the runs x tasks whose score exceeds each threshold ``(K,)``, with its 95 % band.
+
+    The band is NaN below three seeds; it resamples seeds within each task.
+    """
+    x, taus = _floats(scores), _floats(thresholds)
+    value = _floats((x[..., None] > taus).mean(axis=(0, 1)))
+    if x.shape[0] < MIN_SEEDS:
+        unknown = np.full_like(value, np.nan)
+        return value, unknown, unknown
+    drawn = np.sort(_resample(x, rng, replicates).reshape(replicates, -1), axis=-1)
+    above = np.stack([1 - np.searchsorted(row, taus, side="right") / row.size for row in drawn])
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(above, [tail, 100 - tail], axis=0)
+    return value, _floats(low), _floats(high)
 
 
 def _wins(a: Floats, b: Floats) -> Floats:

@@ -7,8 +7,9 @@ To add one, write a function from ``Section`` to ``Table`` under ``@table("name"
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -20,14 +21,17 @@ from rich.text import Text
 from reports import stats
 from reports.frames import (
     RECIPE,
+    Ablation,
     MissingError,
     Results,
     Section,
     generator,
+    order_key,
     published,
     sections,
     text,
 )
+from reports.registry import Registry
 
 ABSENT = "–"
 
@@ -48,20 +52,20 @@ class Table:
     details: bool = False
     """Whether a page may fold it away."""
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it."""
+        shown = pd.DataFrame(self.rows, columns=list(self.columns)).to_html(index=False)
+        words = "".join(f"<p>⚠ {html.escape(w)}</p>" for w in self.warnings)
+        return f"<b>{html.escape(self.title)}</b>{words}{shown}<p>{html.escape(self.caption)}</p>"
 
-TABLES: dict[str, Callable[[Section], Table]] = {}
 
-
-def table(name: str) -> Callable[[Callable[[Section], Table]], Callable[[Section], Table]]:
-    """Registers a section's table under ``name``, in the order of the page."""
-
-    def register(function: Callable[[Section], Table]) -> Callable[[Section], Table]:
-        if name in TABLES:
-            raise ValueError(f"table {name!r} is registered twice")
-        TABLES[name] = function
-        return function
-
-    return register
+TABLES: Registry[Section, Table] = Registry()
+"""Tables of a section."""
+ABLATION_TABLES: Registry[Ablation, Table] = Registry()
+"""Tables of an ablation within a section."""
+OVERVIEWS: Registry[Sequence[Section], Table] = Registry()
+"""Tables over the suites at one preset."""
+table = TABLES.register
 
 
 # Cells -------------------------------------------------------------------------------------------
@@ -100,16 +104,58 @@ def _mean(values: pd.Series) -> float:
 # Success -----------------------------------------------------------------------------------------
 
 
-def _published_rates(suite: str, label: str, source: str) -> tuple[float, float]:
-    name = "Table 1" if source == "mega" else "Table 8"
-    frame = published("success_rates")
-    hit = frame[
-        (frame["source"] == source)
-        & (frame["table"] == name)
-        & (frame["suite"] == suite)
-        & (frame["algorithm"] == label)
-    ]
-    return (float(hit["mean"].iloc[0]), float(hit["std"].iloc[0])) if len(hit) else (np.nan, np.nan)
+@dataclass(frozen=True)
+class Paper:
+    """Whose success rates stand beside ours."""
+
+    source: str
+    tables: tuple[str, ...]
+    """Tables of ``published/success_rates.csv`` that count; the first names the column."""
+    name: str
+    spread: str
+
+    @property
+    def column(self) -> str:
+        """The column's heading."""
+        return f"{self.name} {self.tables[0]}"
+
+    @property
+    def key(self) -> str:
+        """The column's name in data."""
+        return f"published_{self.column.lower().replace(' ', '_')}"
+
+    @cached_property
+    def rates(self) -> pd.DataFrame:
+        """The rows of its tables."""
+        frame = published("success_rates")
+        return frame[(frame["source"] == self.source) & frame["table"].isin(self.tables)]
+
+    def cell(self, suite: str, label: str) -> tuple[float, float]:
+        """Mean and spread as printed, NaN where the paper has none."""
+        hit = self.rates.query("suite == @suite and algorithm == @label")
+        return (float(hit["mean"].iloc[0]), float(hit["std"].iloc[0])) if len(hit) else NOTHING
+
+    def scale(self, suite: str) -> str:
+        """Seeds, horizon and training of its runs on ``suite``, in words."""
+        row = self.rates.query("suite == @suite").iloc[0]
+        steps = row["steps_per_task"]
+        trained = f", {steps:,.0f} steps per task" if np.isfinite(steps) else ""
+        return (
+            f"{self.column}: {row['statistic']}, horizon {row['horizon']:.0f}{trained}{self.spread}"
+        )
+
+
+NOTHING = (float("nan"), float("nan"))
+PAPERS = (
+    Paper("mega", ("Table 1",), "MEGA", "; it calls what stands behind ± a variance"),
+    Paper("d2r", ("Table 8",), "D2R", "; ± standard deviation"),
+    Paper("soft_modularization", ("Table 1", "Section 5.6"), "Soft Modularization", ""),
+)
+
+
+def _papers(suite: str) -> list[Paper]:
+    """The papers that print success rates on ``suite``."""
+    return [paper for paper in PAPERS if suite in set(paper.rates["suite"])]
 
 
 def iqm(section: Section, label: str) -> stats.Estimate:
@@ -123,15 +169,16 @@ def iqm(section: Section, label: str) -> stats.Estimate:
 
 @table("success_rates")
 def success_rates(section: Section) -> Table:
-    """Final success rate per algorithm in the papers' form, the published values beside ours."""
+    """Final success rate per algorithm, the published values beside ours."""
     if not section.scored:
         raise MissingError(f"no finished run has a final evaluation ({section.missing})")
+    papers = _papers(section.suite)
     rows, data = [], []
     for label in section.scored:
         seed_means = section.scores(label).mean(axis=1)
         mean, std = stats.mean_std(seed_means)
         middle = iqm(section, label)
-        mega, d2r = (_published_rates(section.suite, label, source) for source in ("mega", "d2r"))
+        printed = {paper: paper.cell(section.suite, label) for paper in papers}
         rows.append(
             (
                 label,
@@ -141,8 +188,7 @@ def success_rates(section: Section) -> Table:
                 str(len(seed_means)),
                 section.episodes,
                 f"{section.preset}, {section.steps_per_task:,}",
-                mean_std_cell(*mega),
-                mean_std_cell(*d2r),
+                *(mean_std_cell(*cell) for cell in printed.values()),
             )
         )
         data.append(
@@ -159,13 +205,13 @@ def success_rates(section: Section) -> Table:
                 "worst_seed": float(seed_means.min()),
                 "seeds": len(seed_means),
                 "episodes_per_task": section.episodes,
-                "published_mega_table1_mean": mega[0],
-                "published_mega_table1_spread": mega[1],
-                "published_d2r_table8_mean": d2r[0],
-                "published_d2r_table8_std": d2r[1],
             }
+            | {f"{paper.key}_mean": cell[0] for paper, cell in printed.items()}
+            | {f"{paper.key}_spread": cell[1] for paper, cell in printed.items()}
         )
-    note = "" if section.full_scale else " Ours is at another scale: the two do not compare."
+    theirs = "".join(f" {paper.scale(section.suite)}." for paper in papers)
+    apart = " Ours is at another scale: the two do not compare."
+    note = f" Published values:{theirs}{'' if section.full_scale else apart}" if papers else ""
     return Table(
         title="Success rate",
         warnings=setting_warnings(section),
@@ -177,8 +223,7 @@ def success_rates(section: Section) -> Table:
             "Seeds",
             "Episodes",
             "Preset, steps per task",
-            "Published: MEGA Table 1",
-            "Published: D2R Table 8",
+            *(f"Published: {paper.column}" for paper in papers),
         ),
         rows=rows,
         data=pd.DataFrame(data),
@@ -187,10 +232,53 @@ def success_rates(section: Section) -> Table:
             "mean ± sample standard deviation over seeds. IQM: interquartile mean over seeds × "
             f"tasks, 95 % percentile interval of {stats.REPLICATES:,} bootstrap replicates that "
             "draw seeds within each task (rliable's stratified bootstrap); no interval below "
-            f"{stats.MIN_SEEDS} seeds. Published values: 5 seeds, spread as printed (MEGA Table 1 "
-            f"calls it variance, D2R Table 8 standard deviation).{note}",
+            f"{stats.MIN_SEEDS} seeds.{note}",
             section.scored,
         ),
+    )
+
+
+@table("records")
+def records(section: Section) -> Table:
+    """What others have reported on the suite, each under a protocol of its own."""
+    rows = (
+        published("field").query("suite == @section.suite").sort_values("success", ascending=False)
+    )
+    if rows.empty:
+        raise MissingError(f"no record is known on {section.suite}")
+
+    def plain(value: object) -> str:
+        return text(value) or ABSENT
+
+    return Table(
+        title="Records of the field, under other protocols",
+        columns=(
+            "Algorithm",
+            "Success",
+            "Goals",
+            "Horizon",
+            "Reward",
+            "Seeds",
+            "How known",
+            "Source",
+        ),
+        words=("Goals", "Reward", "How known", "Source"),
+        rows=[
+            (
+                row["algorithm"],
+                f"{row['success']:.3f}"
+                + (f" ± {row['spread']:.3f}" if np.isfinite(row["spread"]) else ""),
+                *(plain(row[name]) for name in ("setting", "horizon", "reward", "seeds", "note")),
+                row["source"],
+            )
+            for row in rows.to_dict("records")
+        ],
+        data=rows,
+        caption="Numbers of other papers, set apart because goals, horizon, reward or training "
+        "length differ from the runs of this report and among each other: they say what is "
+        f"possible on {section.suite}, and compare with nothing above. Second-hand: as a later "
+        "paper tells it.",
+        details=True,
     )
 
 
@@ -220,6 +308,44 @@ def per_task(section: Section) -> Table:
 
 def _items(frame: pd.DataFrame) -> list[tuple[object, np.ndarray]]:
     return list(zip(frame.index, frame.to_numpy(), strict=True))
+
+
+@table("area")
+def area(section: Section) -> Table:
+    """Area under the return curve per task: what was learned also where success stays 0."""
+    rows = section.curves("return")
+    rows = rows[rows["finished"]]
+    if rows.empty:
+        raise MissingError(f"no finished run has recorded returns ({section.missing})")
+    heights = []
+    for (label, run, task), curve in rows.groupby(["label", "run", "task"]):
+        means = curve.groupby("step")["value"].mean()
+        height = float(stats.area_under_curve(means.index, means))
+        heights.append({"label": label, "run": run, "task": task, "area": height})
+    data = pd.DataFrame(heights)
+    labels = [label for label in section.labels if label in set(data["label"])]
+    cells = data.groupby(["task", "label"])["area"].agg(["mean", "std"])
+
+    def cell(task: str, label: str) -> str:
+        if (task, label) not in cells.index:
+            return ABSENT
+        mean, std = cells.loc[(task, label)]
+        return f"{mean:,.0f} ± {std:,.0f}" if np.isfinite(std) else f"{mean:,.0f}"
+
+    return Table(
+        title="Area under the return curve",
+        columns=("Task", *labels),
+        rows=[(task, *(cell(task, label) for label in labels)) for task in section.tasks],
+        data=data.assign(suite=section.suite, preset=section.preset),
+        caption=section.caption(
+            "Mean height of the curve of evaluation returns (trapezoid area over the steps from "
+            "the first to the last evaluation, divided by their distance; unscaled reward), mean ± "
+            "sample standard deviation over finished runs. It tells tasks apart that nobody solves "
+            "yet.",
+            labels,
+        ),
+        details=True,
+    )
 
 
 # Comparisons -------------------------------------------------------------------------------------
@@ -256,51 +382,64 @@ class Comparison:
         )
 
 
-def comparisons(section: Section) -> list[Comparison]:
-    """Every scored algorithm against MEGA, or against the first where there is no MEGA."""
-    if len(section.scored) < 2:
-        return []
-    reference = "mega" if "mega" in section.scored else section.scored[0]
-    ours = section.scores(reference)
-    others = [label for label in section.scored if label != reference]
+def comparisons(section: Section, reference: str | None = None) -> list[Comparison]:
+    """Every scored algorithm against ``reference``: MEGA, or the first where there is no MEGA.
+
+    Where two sweeps are compared, each algorithm of the later one against its earlier self.
+    """
+    if reference is None:
+        pairs = _sweep_pairs(section) or _reference_pairs(
+            section, "mega" if "mega" in section.scored else (*section.scored, "")[0]
+        )
+    else:
+        pairs = _reference_pairs(section, reference)
     judged = []
-    for other in others:
-        theirs = section.scores(other)
-        rng = generator("comparison", section.title, reference, other)
+    for ours, theirs in pairs:
+        a, b = section.scores(ours), section.scores(theirs)
+        rng = generator("comparison", section.title, ours, theirs)
         judged.append(
             (
-                other,
-                len(theirs),
-                stats.difference(ours.mean(axis=1), theirs.mean(axis=1), rng),
-                stats.probability_of_improvement(ours.to_numpy(), theirs.to_numpy(), rng),
+                stats.difference(a.mean(axis=1), b.mean(axis=1), rng),
+                stats.probability_of_improvement(a.to_numpy(), b.to_numpy(), rng),
+                (len(a), len(b)),
             )
         )
-    adjusted = stats.holm([difference.p for _, _, difference, _ in judged])
+    adjusted = stats.holm([difference.p for difference, _, _ in judged])
     return [
         Comparison(
-            reference=reference,
-            other=other,
-            seeds=(len(ours), n),
+            reference=ours,
+            other=theirs,
+            seeds=seeds,
             difference=difference,
             adjusted_p=p,
             improvement=improvement,
         )
-        for (other, n, difference, improvement), p in zip(judged, adjusted, strict=True)
+        for (ours, theirs), (difference, improvement, seeds), p in zip(
+            pairs, judged, adjusted, strict=True
+        )
     ]
 
 
-@table("comparisons")
-def comparison_table(section: Section) -> Table:
-    """Difference and probability of improvement of the reference algorithm over each other one."""
-    compared = comparisons(section)
-    if not compared:
-        raise MissingError(
-            f"a comparison needs two algorithms with finished runs ({section.missing})"
-        )
-    reference = compared[0].reference
-    rows = [
+def _reference_pairs(section: Section, reference: str) -> list[tuple[str, str]]:
+    return [(reference, label) for label in section.scored if label != reference]
+
+
+def _sweep_pairs(section: Section) -> list[tuple[str, str]]:
+    """(later, earlier) labels of one algorithm, where the runs come from several sweeps."""
+    order = list(dict.fromkeys(section.results.runs["sweep"]))
+    if len(order) < 2:
+        return []
+    of_label = section.runs.drop_duplicates("label").set_index("label")
+    pairs = []
+    for _, group in of_label.loc[section.scored].groupby("algorithm", sort=False):
+        ranked = sorted(group.index, key=lambda label: order.index(group.loc[label, "sweep"]))
+        pairs += [(later, ranked[0]) for later in ranked[1:]]
+    return pairs
+
+
+def _comparison_cells(compared: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    return [
         (
-            f"{reference} − {c.other}",
             interval_cell(c.difference.estimate, signed=True),
             c.difference.method,
             p_cell(c.adjusted_p),
@@ -310,10 +449,13 @@ def comparison_table(section: Section) -> Table:
         )
         for c in compared
     ]
-    data = pd.DataFrame(
+
+
+def _comparison_data(section: Section, compared: Sequence[Comparison]) -> pd.DataFrame:
+    return pd.DataFrame(
         {
             "suite": section.suite,
-            "reference": reference,
+            "reference": c.reference,
             "algorithm": c.other,
             "difference": c.difference.estimate.value,
             "low": c.difference.estimate.low,
@@ -329,8 +471,29 @@ def comparison_table(section: Section) -> Table:
         }
         for c in compared
     )
+
+
+_JUDGED = (
+    "Difference of the mean final success rates with its own 95 % interval: Welch's t on seed "
+    f"means below {stats.WELCH_BELOW} seeds, percentile bootstrap from there on, none below "
+    f"{stats.MIN_SEEDS}. p values are Holm-adjusted over the rows and the verdict follows them. P: "
+    "probability that a random seed of the first is better on a random task (ties half), "
+    "stratified bootstrap interval."
+)
+
+
+@table("comparisons")
+def comparison_table(section: Section) -> Table:
+    """Difference and probability of improvement of the reference algorithm over each other one."""
+    compared = comparisons(section)
+    if not compared:
+        raise MissingError(
+            f"a comparison needs two algorithms with finished runs ({section.missing})"
+        )
+    alike = len({c.reference for c in compared}) == 1
+    reference = compared[0].reference if alike else "first"
     return Table(
-        title=f"Difference to {reference}",
+        title=f"Difference to {reference}" if alike else "Difference between the sweeps",
         warnings=setting_warnings(section),
         columns=(
             "Pair",
@@ -341,15 +504,181 @@ def comparison_table(section: Section) -> Table:
             "Seeds",
             "Verdict",
         ),
+        words=("Method", "Verdict"),
+        rows=[
+            (f"{c.reference} − {c.other}", *cells)
+            for c, cells in zip(compared, _comparison_cells(compared), strict=True)
+        ],
+        data=_comparison_data(section, compared),
+        caption=section.caption(_JUDGED, section.scored),
+    )
+
+
+@ABLATION_TABLES.register("ablation")
+def ablation_table(ablation: Ablation) -> Table:
+    """Each variant's success and its difference to the ablation's base."""
+    section, base = ablation.section, ablation.base
+    scored = [label for label in ablation.labels if label in section.scored]
+    if len(scored) < 2:
+        raise MissingError(f"fewer than two variants have finished runs ({section.missing})")
+    compared = {c.other: c for c in comparisons(section, base)}
+    minus = dict(zip(compared, _comparison_cells(list(compared.values())), strict=True))
+    rows = []
+    for label in scored:
+        scores = section.scores(label)
+        actor = _mean(section.runs.loc[section.runs["label"] == label, "parameters_actor"])
+        difference, method, p, better, _, verdict = minus.get(label, ("base", *[ABSENT] * 5))
+        rows.append(
+            (
+                label,
+                mean_std_cell(*stats.mean_std(scores.mean(axis=1))),
+                interval_cell(iqm(section, label)),
+                str(len(scores)),
+                _millions(actor),
+                difference,
+                method,
+                p,
+                better,
+                verdict,
+            )
+        )
+    return Table(
+        title=f"Ablation: {ablation.description}",
+        columns=(
+            "Variant",
+            "Mean ± std",
+            "IQM [95 %]",
+            "Seeds",
+            "Actor M",
+            f"{base} − variant [95 %]",
+            "Method",
+            "p (Holm)",
+            f"P({base} better) [95 %]",
+            "Verdict",
+        ),
+        words=("Method", "Verdict"),
         rows=rows,
-        data=data,
+        data=_comparison_data(section, list(compared.values())),
+        warnings=setting_warnings(section),
+        caption=section.caption(f"{ablation.paper}. {_JUDGED}", scored),
+    )
+
+
+# Across suites, as the papers print them ---------------------------------------------------------
+
+
+def _paper_form(paper: Paper, found: Sequence[Section], parameters: bool = False) -> Table:
+    """Algorithms x suites, ours beside the paper's."""
+    first: dict[str, Section] = {}
+    for section in found:
+        if section.scored and section.suite in set(paper.rates["suite"]):
+            first.setdefault(section.suite, section)
+    if not first:
+        raise MissingError(f"no finished run on a suite of {paper.column}")
+    ours = {label for section in first.values() for label in section.scored}
+    labels = sorted(ours | set(paper.rates["algorithm"]), key=order_key)
+    counts = published("parameters").set_index("algorithm")
+    rows, data = [], []
+    for label in labels:
+        cells = []
+        for suite, section in first.items():
+            here = stats.mean_std(section.scores(label).mean(axis=1))
+            seeds = len(section.scores(label))
+            there = paper.cell(suite, label)
+            cells += [
+                f"{mean_std_cell(*here)}, n = {seeds}" if seeds else ABSENT,
+                mean_std_cell(*there),
+            ]
+            data.append(
+                {"algorithm": label, "suite": suite, "preset": section.preset}
+                | {"steps_per_task": section.steps_per_task, "mean": here[0], "std": here[1]}
+                | {"seeds": seeds, "published_mean": there[0], "published_spread": there[1]}
+            )
+        if parameters:
+            for name in ("mt10_millions", "mt50_millions"):
+                known = counts[name].get(label, np.nan)
+                cells.append(f"{known:.2f}" if np.isfinite(known) else ABSENT)
+        rows.append((label, *cells))
+    scales = "; ".join(f"{suite}: {s.scale}, {s.missing}" for suite, s in first.items())
+    return Table(
+        title=f"As {paper.column} prints it",
+        columns=(
+            "Algorithm",
+            *(f"{suite}: {whose}" for suite in first for whose in ("ours", "published")),
+            *(("MT10 M, published", "MT50 M, published") if parameters else ()),
+        ),
+        rows=rows,
+        data=pd.DataFrame(data),
+        caption="Mean success rate of the final policy ± sample standard deviation over n seeds. "
+        f"Ours, {scales}. {' '.join(f'{paper.scale(suite)}.' for suite in first)}"
+        + (" Parameters: actor and one critic, millions." if parameters else ""),
+    )
+
+
+@OVERVIEWS.register("mega_table_1")
+def mega_table_1(found: Sequence[Section]) -> Table:
+    """MEGA Table 1."""
+    return _paper_form(PAPERS[0], found)
+
+
+@OVERVIEWS.register("d2r_table_8")
+def d2r_table_8(found: Sequence[Section]) -> Table:
+    """D2R Table 8, with parameters."""
+    return _paper_form(PAPERS[1], found, parameters=True)
+
+
+@OVERVIEWS.register("soft_modularization_table_1")
+def soft_modularization_table_1(found: Sequence[Section]) -> Table:
+    """Soft Modularization Table 1."""
+    return _paper_form(PAPERS[2], found)
+
+
+@table("capacity")
+def capacity(section: Section) -> Table:
+    """Plain networks of growing capacity beside soft modules (Soft Modularization Table 2)."""
+    printed = published("capacity").set_index("algorithm")
+    here = [label for label in printed.index if label in section.scored]
+    if len(here) < 2 or "@" not in "".join(here):
+        raise MissingError("needs runs of networks of several sizes (bench ablate capacity)")
+    size = section.parameters
+    unit = size.get("soft_module", np.nan)
+    rows = [
+        (
+            label,
+            *(text(printed.loc[label, name]) or ABSENT for name in ("layers", "units")),
+            *(
+                (
+                    mean_std_cell(*stats.mean_std(section.scores(label).mean(axis=1))),
+                    f"{size[label] / unit:.1f} x" if np.isfinite(unit) else ABSENT,
+                    str(len(section.scores(label))),
+                )
+                if label in here
+                else (ABSENT,) * 3
+            ),
+            f"{printed.loc[label, 'success']:.3f}",
+            f"{printed.loc[label, 'parameters_relative']:.1f} x",
+        )
+        for label in printed.index
+    ]
+    return Table(
+        title="Capacity, as Soft Modularization Table 2 prints it",
+        columns=(
+            "Network",
+            "Layers",
+            "Units",
+            "Ours",
+            "Ours: parameters",
+            "Seeds",
+            "Published",
+            "Published: parameters",
+        ),
+        rows=rows,
+        data=printed.reset_index().assign(ours_parameters=[size.get(n) for n in printed.index]),
         caption=section.caption(
-            "Difference of the mean final success rates with its own 95 % interval: Welch's t on "
-            f"seed means below {stats.WELCH_BELOW} seeds, percentile bootstrap from there on, none "
-            f"below {stats.MIN_SEEDS}. p values are Holm-adjusted over the rows and the verdict "
-            "follows them. P: probability that a random seed is better on a random task (ties "
-            "half), stratified bootstrap interval.",
-            section.scored,
+            "Mean success rate ± sample standard deviation over seeds; parameters of actor and one "
+            "critic relative to soft_module's. Published: Soft Modularization Table 2, MT50 with "
+            "fixed goals, horizon 150, Meta-World v1; layers and units are those of its networks.",
+            here,
         ),
     )
 
@@ -424,14 +753,6 @@ def compute(section: Section) -> Table:
                 "parameters_published": known,
             }
         )
-    columns = [c for c in section.runs.columns if str(c).startswith("hardware.")]
-    names = [str(c).removeprefix("hardware.").replace("_", " ") for c in columns]
-    hardware = sorted(
-        {
-            ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True) if value)
-            for values in zip(*(section.runs[c].map(text) for c in columns), strict=True)
-        }
-    )
     return Table(
         title="Compute",
         columns=(
@@ -453,7 +774,7 @@ def compute(section: Section) -> Table:
             "included); means over finished runs, or over all runs of an algorithm that has none. "
             "Shares are of the total. Parameters in millions at the end "
             "of training, beside D2R Table 8 (full-size networks; reduced presets have smaller "
-            f"ones). Hardware: {'; '.join(h for h in hardware if h) or 'not recorded'}."
+            f"ones). Hardware: {'; '.join(section.hardware) or 'not recorded'}."
         ),
     )
 
@@ -621,72 +942,6 @@ def last_line(error: str) -> str:
     """The line of a traceback that says what happened."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
-
-
-# Writers -----------------------------------------------------------------------------------------
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "−": r"$-$",
-    "×": r"$\times$",
-    "–": "--",
-    "·": r"$\cdot$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "⚠": "",
-} | {c: f"\\{c}" for c in "&%$#_{}"}
-
-
-def latex_escape(value: str) -> str:
-    """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(c, c) for c in " ".join(value.split()))
-
-
-def markdown_escape(value: str) -> str:
-    """Text that Markdown shows literally inside a table cell."""
-    plain = html.escape(" ".join(value.split()), quote=False)
-    return "".join(f"\\{c}" if c in "\\|`*_[]~" else c for c in plain)
-
-
-def to_markdown(source: Table) -> str:
-    """A GitHub-flavoured table under its title, the caption below."""
-    lines = [source.columns, ("---", *("---:" for _ in source.columns[1:]))]
-    body = [[markdown_escape(cell) for cell in row] for row in source.rows]
-    header = [markdown_escape(cell) for cell in lines[0]]
-    grid = "\n".join("| " + " | ".join(row) + " |" for row in [header, list(lines[1]), *body])
-    warnings = "".join(f"> **Warning:** {markdown_escape(w)}\n\n" for w in source.warnings)
-    title, caption = markdown_escape(source.title), markdown_escape(source.caption)
-    return f"## {title}\n\n{warnings}{grid}\n\n{caption}\n"
-
-
-def to_latex(source: Table) -> str:
-    """A ``table`` environment for the booktabs package."""
-    rows = [" & ".join(latex_escape(cell) for cell in row) + r" \\" for row in source.rows]
-    notes = "".join(f" Warning: {latex_escape(w)}" for w in source.warnings)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{latex_escape(source.title)}. {latex_escape(source.caption)}{notes}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(source.columns) - 1)}}}",
-            r"\toprule",
-            " & ".join(latex_escape(cell) for cell in source.columns) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def to_csv(source: Table) -> str:
-    """The tidy numbers behind the table."""
-    return source.data.to_csv(index=False, lineterminator="\n")
 
 
 def summary(results: Results) -> RenderableType:

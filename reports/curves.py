@@ -1,0 +1,334 @@
+"""Success and return over steps and hours: one curve per run, their mean bold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from reports import stats
+from reports.drawing import (
+    ABLATION_FIGURES,
+    STEPS,
+    UNFINISHED,
+    Drawing,
+    Look,
+    figure,
+    legend,
+    legend_line,
+    new_figure,
+    panels,
+    section_looks,
+    steps_axis,
+    styled,
+    title,
+    wide,
+)
+from reports.frames import Ablation, MissingError, Section, generator
+
+FEW_POINTS = 8
+"""A curve of fewer evaluations than this shows each as a point; a single one is no line."""
+
+
+def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
+    """Every run thin, unfinished ones dotted; the mean of the finished bold, maybe with a band."""
+    for _, run in rows.groupby("run"):
+        series = run.groupby("step")["value"].mean()
+        unfinished = not bool(run["finished"].iloc[0])
+        axes.plot(
+            series.index.to_numpy(),
+            series.to_numpy(),
+            color=look.colour,
+            linewidth=0.6,
+            alpha=0.55,
+            linestyle=":" if unfinished else "-",
+            marker="." if len(series) < FEW_POINTS else None,
+            markersize=3,
+        )
+    finished = wide(rows[rows["finished"]]).dropna(axis="columns")
+    if finished.empty:
+        return
+    steps = finished.columns.to_numpy()
+    mean, low, high = stats.mean_interval(finished.to_numpy())
+    if band and np.isfinite(low).any():
+        axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
+    axes.plot(
+        steps,
+        mean,
+        color=look.colour,
+        linestyle=look.dash,
+        linewidth=bold,
+        marker="o" if len(steps) < FEW_POINTS else None,
+        markersize=2.2 * bold,
+        clip_on=False,  # the last point stands on the edge
+        alpha=0.9,  # curves that coincide show each other
+    )
+
+
+def _curve_rows(section: Section, metric: str) -> pd.DataFrame:
+    rows = section.curves(metric)
+    if rows.empty:
+        raise MissingError(f"no run has been evaluated for {metric} during training yet")
+    return rows
+
+
+def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
+    styles = section_looks(section)
+    drawn = [label for label in section.labels if label in set(rows["label"])]
+    handles = [legend_line(styles[label], label) for label in drawn]
+    return handles + ([] if rows["finished"].all() else [UNFINISHED])
+
+
+_CURVE_ESTIMATOR = "Thin lines: every seed (dotted: unfinished run). Bold: mean of the finished."
+
+
+def _draw_references(section: Section, axes: Axes) -> None:
+    for name, rates in section.references.iterrows():
+        level = float(rates.mean())
+        axes.axhline(level, color="#8a8a8a", linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"{name} {level:.2f}",
+            (1.0, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, -2 if level > 0.5 else 2),
+            textcoords="offset points",
+            ha="right",
+            va="top" if level > 0.5 else "bottom",
+            fontsize=7,
+            color="#666666",
+        )
+
+
+_MEAN_SUCCESS = (
+    "Success rate of the deterministic policy at each evaluation and, last, the final one, mean "
+    f"over tasks. {_CURVE_ESTIMATOR} Band: 95 % t interval of that mean, from {stats.MIN_SEEDS} "
+    "seeds on. Dashed grey: reference policies, where recorded."
+)
+
+
+def _mean_curves(section: Section, labels: list[str], words: str, estimator: str) -> Drawing:
+    rows = _curve_rows(section, "success")
+    styles = section_looks(section)
+    made = new_figure(3.4)
+    axes = made.subplots()
+    for label in labels:
+        _draw_curve(axes, rows[rows["label"] == label], styles[label], 2.2, band=True)
+    _draw_references(section, axes)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(0, max(1, int(rows["step"].max())))
+    axes.set_ylabel("success rate, mean over tasks")
+    steps_axis(axes)
+    title(made, words, section)
+    legend(made, _curve_handles(section, rows))
+    means = rows.groupby(["label", "run", "step"])["value"].mean()
+    return Drawing(
+        title=words,
+        figure=made,
+        caption=section.caption(estimator),
+        data=means.reset_index(name="success"),
+    )
+
+
+@figure("learning_curves")
+def learning_curves(section: Section) -> Drawing:
+    """Mean success over tasks against environment steps (MEGA Fig. 6)."""
+    return _mean_curves(section, section.labels, "Learning curves", _MEAN_SUCCESS)
+
+
+@ABLATION_FIGURES.register("ablation")
+@styled
+def ablation_curves(ablation: Ablation) -> Drawing:
+    """Mean success of an ablation's variants (MEGA Fig. 8, 9; D2R Fig. 7, 11, 12)."""
+    return _mean_curves(
+        ablation.section,
+        list(ablation.labels),
+        f"Ablation: {ablation.description}",
+        f"{ablation.paper}. {_MEAN_SUCCESS}",
+    )
+
+
+MAX_POINTS = 60
+"""Evaluations of which the sample-efficiency curve draws an interval each."""
+
+
+@figure("sample_efficiency")
+def sample_efficiency(section: Section) -> Drawing:
+    """Interquartile mean over runs x tasks against environment steps (Agarwal et al. 2021)."""
+    rows = _curve_rows(section, "success")
+    rows = rows[rows["finished"]]
+    styles = section_looks(section)
+    made = new_figure(3.2)
+    axes = made.subplots()
+    points = []
+    for label in section.labels:
+        cube = (
+            rows[rows["label"] == label]
+            .pivot_table(index="run", columns=["step", "task"], values="value")
+            .dropna(axis="columns")
+        )
+        steps = np.unique(cube.columns.get_level_values("step"))
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))]
+        for step in steps if len(cube) else ():
+            estimate = stats.stratified_interval(
+                cube[step].to_numpy(),
+                stats.interquartile_mean,
+                generator("sample efficiency", section.title, label, step),
+                replicates=500,
+            )
+            points.append({"label": label, "step": int(step), "seeds": len(cube)})
+            points[-1] |= {"iqm": estimate.value, "low": estimate.low, "high": estimate.high}
+    data = pd.DataFrame(points)
+    if data.empty:
+        raise MissingError(f"no finished run was evaluated on every task ({section.missing})")
+    drawn = [label for label in section.labels if label in set(data["label"])]
+    for label in drawn:
+        curve, look = data[data["label"] == label], styles[label]
+        axes.fill_between(
+            curve["step"], curve["low"], curve["high"], color=look.colour, alpha=0.16, linewidth=0
+        )
+        axes.plot(
+            curve["step"],
+            curve["iqm"],
+            color=look.colour,
+            linestyle=look.dash,
+            linewidth=2,
+            marker="o" if len(curve) < FEW_POINTS else None,
+            markersize=4,
+            clip_on=False,
+        )
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(0, max(1, int(data["step"].max())))
+    axes.set_ylabel("success rate, IQM over runs × tasks")
+    steps_axis(axes)
+    title(made, "Sample efficiency", section)
+    legend(made, [legend_line(styles[label], label) for label in drawn])
+    return Drawing(
+        title="Sample efficiency",
+        figure=made,
+        caption=section.caption(
+            "Interquartile mean of the success rates of all finished runs on all tasks at each "
+            "evaluation; band: 95 % stratified bootstrap interval (500 replicates), from "
+            f"{stats.MIN_SEEDS} seeds on.",
+            drawn,
+        ),
+        data=data,
+    )
+
+
+def _hours(section: Section) -> pd.DataFrame:
+    """Mean success over tasks against the hours that each run had trained by then."""
+    rows = _curve_rows(section, "success")
+    totals = section.timing[section.timing["section"] == "total"]
+    frames = []
+    for keys, curve in rows.groupby(["label", "run", "finished"]):
+        clock = totals[totals["run"] == keys[1]].groupby("step")["seconds"].last()
+        if len(clock):
+            success = curve.groupby("step")["value"].mean()
+            steps, seconds = [0, *clock.index], [0.0, *clock]
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "label": keys[0],
+                        "run": keys[1],
+                        "finished": keys[2],
+                        "step": success.index,
+                        "hours": np.interp(success.index, steps, seconds) / 3600,
+                        "value": success.to_numpy(),
+                    }
+                )
+            )
+    if not frames:
+        raise MissingError("no evaluated run has recorded its times")
+    return pd.concat(frames, ignore_index=True)
+
+
+@figure("success_per_hour")
+def success_per_hour(section: Section) -> Drawing:
+    """Mean success over tasks against wall-clock hours of training."""
+    rows = _hours(section)
+    styles = section_looks(section)
+    made = new_figure(3.2)
+    axes = made.subplots()
+    drawn = [label for label in section.labels if label in set(rows["label"])]
+    for label in drawn:
+        look, runs = styles[label], rows[rows["label"] == label]
+        finished = [run for _, run in runs[runs["finished"]].groupby("run")]
+        for _, run in runs.groupby("run"):
+            axes.plot(
+                run["hours"],
+                run["value"],
+                color=look.colour,
+                linewidth=0.6,
+                alpha=0.55,
+                linestyle="-" if run["finished"].iloc[0] else ":",
+                marker="." if len(run) < FEW_POINTS else None,
+                markersize=3,
+            )
+        if finished:
+            # As far as every finished run of the algorithm reaches.
+            low = max(run["hours"].min() for run in finished)
+            grid = np.linspace(low, min(run["hours"].max() for run in finished), 100)
+            curves = [np.interp(grid, run["hours"], run["value"]) for run in finished]
+            axes.plot(
+                grid, np.mean(curves, axis=0), color=look.colour, linestyle=look.dash, linewidth=2
+            )
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("wall-clock hours of training, evaluation included")
+    axes.set_ylabel("success rate, mean over tasks")
+    title(made, "Success per wall-clock hour", section)
+    unfinished = [] if rows["finished"].all() else [UNFINISHED]
+    legend(made, [legend_line(styles[label], label) for label in drawn] + unfinished)
+    return Drawing(
+        title="Success per wall-clock hour",
+        figure=made,
+        caption=section.caption(
+            f"Success rate at each evaluation against the time trained by then. {_CURVE_ESTIMATOR} "
+            "Hours depend on the machine and on what else ran on it: "
+            f"{'; '.join(section.hardware) or 'hardware not recorded'}.",
+            drawn,
+        ),
+        data=rows.rename(columns={"value": "success"}),
+    )
+
+
+def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Drawing:
+    rows = _curve_rows(section, metric)
+    styles = section_looks(section)
+    made, cells = panels(section, ylabel, share_y=metric == "success")
+    for _, task, axes in cells:
+        of_task = rows[rows["task"] == task]
+        for label in section.labels:
+            _draw_curve(axes, of_task[of_task["label"] == label], styles[label], 1.4, band=False)
+        if metric == "success":
+            axes.set_ylim(-0.04, 1.04)
+            axes.set_yticks([0, 0.5, 1])
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    title(made, words, section)
+    legend(made, _curve_handles(section, rows), xlabel=STEPS)
+    scale = "" if metric == "success" else " Every panel has a vertical scale of its own."
+    return Drawing(
+        title=words,
+        figure=made,
+        caption=section.caption(
+            f"{words}, at each evaluation and, last, the final one. {_CURVE_ESTIMATOR}{scale}"
+        ),
+        data=rows.rename(columns={"value": metric}),
+    )
+
+
+@figure("task_success")
+def task_success(section: Section) -> Drawing:
+    """Success against environment steps, a panel per task."""
+    return _task_curves(section, "success", "Success rate per task", "success rate")
+
+
+@figure("task_returns")
+def task_returns(section: Section) -> Drawing:
+    """Mean episode return against environment steps, a panel per task."""
+    return _task_curves(section, "return", "Return per task", "episode return (unscaled reward)")

@@ -1,0 +1,310 @@
+"""MEGA's populations and stages over training: who grew and why, how diverse, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from reports.drawing import (
+    MARKERS,
+    STEPS,
+    Drawing,
+    draw_probe,
+    figure,
+    legend,
+    legend_line,
+    map_panels,
+    new_figure,
+    section_looks,
+    short,
+    steps_axis,
+    title,
+    wide,
+)
+from reports.frames import MissingError, ProbedRun, Section, labels_of
+from reports.genotypes import OFFSET, Embedding, collect, embed
+
+
+def _events(run: ProbedRun) -> Iterator[tuple[int, int, int, int, str]]:
+    """Distinct stage increases: step per task, task, old and new stage, cause."""
+    seen: set[tuple[int, ...]] = set()
+    for _, arrays in run.snapshots:
+        names = [str(name) for name in arrays.get("cause_names", np.array([]))]
+        for event in arrays.get("stage_events", np.zeros((0, 5), dtype=int)):
+            step, task, old, new, code = (int(v) for v in event)
+            if (step, task, old, new) not in seen:
+                seen.add((step, task, old, new))
+                cause = names[code] if 0 <= code < len(names) else f"cause {code}"
+                yield step, task, old, new, cause
+
+
+@figure("stages")
+def stages(section: Section) -> Drawing:
+    """MEGA's stage of every task over time, each increase marked with its cause."""
+    runs = section.probed("stage")
+    if not runs:
+        raise MissingError("no run has recorded stages (only MEGA has them)")
+    made, cells, rows = draw_probe(
+        section, runs, "stage", "Stage of each task", "stage (modules allotted)", steps=True
+    )
+    events = [(run, *event) for run in runs for event in _events(run)]
+    causes = sorted({event[-1] for event in events})
+    shapes = {cause: MARKERS[(2 + i) % len(MARKERS)] for i, cause in enumerate(causes)}
+    for _, step, task, _, new, cause in events:
+        if task < len(cells):
+            cells[task][2].plot(
+                step, new, shapes[cause], color="#222222", markersize=3.5, alpha=0.8, mew=0
+            )
+    for _, _, axes in cells:
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - 2), max(high, low + 2))
+    styles = section_looks(section)
+    handles: list[Any] = [legend_line(styles[label], label) for label in labels_of(runs)]
+    handles += [
+        Line2D([], [], color="#222222", linestyle="", marker=shapes[c], markersize=4, label=c)
+        for c in causes
+    ]
+    legend(made, handles, xlabel=STEPS)
+    return Drawing(
+        title="Stage of each task",
+        figure=made,
+        caption=section.caption(
+            "Stage (number of modules a task may use) over training. Thin lines: every seed, "
+            "nudged apart where they coincide; bold: mean over the finished seeds. Markers: "
+            f"{len(events)} stage increases, by cause.",
+            labels_of(runs),
+        ),
+        data=rows.rename(columns={"value": "stage"}),
+    )
+
+
+@figure("diversity")
+def diversity(section: Section) -> Drawing:
+    """How different the genotypes of a population are, and how many children are clones."""
+    runs = section.probed("hamming")
+    if not runs:
+        raise MissingError("no run has recorded the diversity of populations (only MEGA has them)")
+    styles = section_looks(section)
+    made = new_figure(2.7)
+    cells = {"hamming": "Hamming distance", "clone_rate": "clones among children"}
+    grid = made.subplots(1, 2, squeeze=False)[0]
+    frames = []
+    for axes, (key, words) in zip(grid, cells.items(), strict=True):
+        of_key = [run for run in runs if any(key in arrays for _, arrays in run.snapshots)]
+        for label in labels_of(of_key):
+            look, seeds = styles[label], []
+            for run in [run for run in of_key if run.label == label]:
+                when, values = run.series(key)
+                mean = values.reshape(len(when), -1).mean(axis=1)
+                axes.fill_between(
+                    when,
+                    values.min(axis=1),
+                    values.max(axis=1),
+                    color=look.colour,
+                    alpha=0.08,
+                    linewidth=0,
+                )
+                axes.plot(
+                    when,
+                    mean,
+                    color=look.colour,
+                    linewidth=0.7,
+                    alpha=0.7,
+                    linestyle="-" if run.finished else ":",
+                )
+                frame = pd.DataFrame({"step": when, "value": mean})
+                frames.append(frame.assign(label=label, run=run.run, quantity=key))
+                seeds += [frame.assign(run=run.run)] if run.finished else []
+            if seeds:
+                bold = wide(pd.concat(seeds)).dropna(axis="columns").mean()
+                axes.plot(bold.index, bold, color=look.colour, linestyle=look.dash, linewidth=1.8)
+        axes.set_title(words)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        steps_axis(axes, ticks=4)
+    title(made, "Diversity of the populations", section)
+    legend(made, [legend_line(styles[label], label) for label in labels_of(runs)])
+    return Drawing(
+        title="Diversity of the populations",
+        figure=made,
+        caption=section.caption(
+            "Left: mean pairwise Hamming distance of a task's genotypes, as a share of their "
+            "length. Right: share of the children so far that equalled a living genotype of their "
+            "task. Thin lines: every seed, mean over tasks, in the range of its tasks (pale); "
+            "bold: mean over the finished seeds.",
+            labels_of(runs),
+        ),
+        data=pd.concat(frames, ignore_index=True),
+    )
+
+
+@figure("genetic_cost")
+def genetic_cost(section: Section) -> Drawing:
+    """What the genetic algorithm costs: share of training time, and time per generation."""
+    spent = section.timing.pivot_table(
+        index=["label", "run", "finished", "step"], columns="section", values="seconds",
+        aggfunc="last",
+    )  # fmt: skip
+    if not {"genetic", "total"} <= set(spent.columns) or not (spent["genetic"] > 0).any():
+        raise MissingError("no run has recorded time spent in a genetic algorithm")
+    spent = spent[spent["genetic"] > 0].reset_index()
+    generations = {run.run: run.series("generation") for run in section.probed("generation")}
+    spent["share"] = spent["genetic"] / spent["total"]
+    spent["per_generation"] = np.nan
+    for run, (when, count) in generations.items():
+        mine = spent["run"] == run
+        total = np.interp(spent.loc[mine, "step"], when, count.sum(axis=1))
+        spent.loc[mine, "per_generation"] = (
+            1000 * spent.loc[mine, "genetic"] / np.where(total > 0, total, np.nan)
+        )
+    styles = section_looks(section)
+    made = new_figure(2.6)
+    left, right = made.subplots(1, 2)
+    labels = [label for label in section.labels if label in set(spent["label"])]
+    for axes, column in ((left, "share"), (right, "per_generation")):
+        for (label, _, finished), run in spent.groupby(["label", "run", "finished"]):
+            look = styles[str(label)]
+            axes.plot(
+                run["step"],
+                run[column],
+                color=look.colour,
+                linestyle=look.dash if finished else ":",
+                linewidth=1.1,
+                alpha=0.85,
+                marker="." if len(run) < 8 else None,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        steps_axis(axes, ticks=4)
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    left.set_title("share of the training time so far")
+    right.set_title("milliseconds per generation of one task")
+    title(made, "Cost of the genetic algorithm", section)
+    legend(made, [legend_line(styles[label], label) for label in labels])
+    return Drawing(
+        title="Cost of the genetic algorithm",
+        figure=made,
+        caption=section.caption(
+            "Wall-clock time spent in the genetic algorithm since the start, as a share of all "
+            "training time (left) and per generation of one task's population (right). A line is a "
+            "seed (dotted: unfinished).",
+            labels,
+        ),
+        data=spent[["label", "run", "step", "genetic", "total", "share", "per_generation"]],
+    )
+
+
+@figure("weight_intervals")
+def weight_intervals(section: Section) -> Drawing:
+    """The weights that a genotype can express per level under both functions (MEGA Fig. 12)."""
+    runs = section.probed("weight_intervals")
+    if not runs:
+        raise MissingError("no run has recorded weight intervals (only MEGA has them)")
+    # The table has a row for each level reached so far, so it grows with the stages.
+    tables = [a["weight_intervals"] for run in runs for _, a in run.snapshots]
+    table = max(tables, key=len)
+    precisions = [int(a["precision"]) for _, a in runs[0].snapshots if "precision" in a]
+    bits = f"{precisions[-1]} bits per weight" if precisions else "precision not recorded"
+    made = new_figure(2.5)
+    pair = made.subplots(1, 2, sharey=True)
+    for axes, column, name, colour in zip(
+        pair, (1, 3), ("Softmax", "HalfSoftmax"), ("#44AA99", "#332288"), strict=True
+    ):
+        axes.vlines(table[:, 0], table[:, column], table[:, column + 1], color=colour, linewidth=5)
+        for edge in (column, column + 1):
+            axes.plot(table[:, 0], table[:, edge], "o", color=colour, markersize=3.5)
+        axes.set_title(name)
+        axes.set_xlabel("level (weights in the segment)")
+        axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    pair[0].set_ylabel("reachable module weight")
+    title(made, "Interval of module weights", section)
+    columns = ["level", "softmax_min", "softmax_max", "halfsoftmax_min", "halfsoftmax_max"]
+    return Drawing(
+        title="Interval of module weights",
+        figure=made,
+        caption=f"Smallest and largest weight that a segment can express, {bits}: computed, not "
+        f"measured, so without seeds or episodes (MEGA Fig. 12). Suite {section.suite}.",
+        data=pd.DataFrame(table, columns=columns),
+    )
+
+
+MAX_EMBEDDED_RUNS = 5
+
+
+def _embedding(run: ProbedRun) -> Embedding:
+    """Genotypes from the last fifth of a run's recorded training."""
+    kept = [(s, a) for s, a in run.snapshots if {"genotypes", "lengths", "precision"} <= set(a)]
+    since = 0.8 * kept[-1][0]
+    last = [(a["genotypes"], a["lengths"]) for step, a in kept if step >= since]
+    return embed(collect(last, int(kept[-1][1]["precision"])), int(kept[-1][1]["precision"]))
+
+
+@figure("genotypes")
+def genotype_map(section: Section) -> Drawing:
+    """t-SNE of the genotypes, coloured by task (MEGA Fig. 10)."""
+    runs = section.probed("genotypes")
+    if not runs:
+        raise MissingError("no run has recorded genotypes (only MEGA has them)")
+    first = [run for run in runs if run.label == runs[0].label]
+    first = [run for run in first if run.finished] or first
+    embedded, refused = [], []
+    for run in first[:MAX_EMBEDDED_RUNS]:
+        try:
+            embedded.append((run, _embedding(run)))
+        except ValueError as reason:
+            refused.append(f"seed {run.seed}: {reason}")
+    if not embedded:
+        raise MissingError("; ".join(refused))
+    made = map_panels(
+        section,
+        [
+            (f"seed {run.seed}{'' if run.finished else ' (unfinished)'}", map_.points, map_.task)
+            for run, map_ in embedded
+        ],
+    )
+    title(made, f"Genotypes by task ({short(first[0].label, 30)})", section)
+    clarity = "; ".join(
+        f"seed {run.seed}: {map_.silhouette_task:.2f} by task, "
+        + (
+            f"{map_.silhouette_stage:.2f} by stage alone"
+            if np.isfinite(map_.silhouette_stage)
+            else f"none by stage (all at stage {map_.stage[0]})"
+        )
+        + f", {len(map_.points)} genotypes, perplexity {map_.perplexity:.0f}"
+        for run, map_ in embedded
+    )
+    shown = f"{len(embedded)} of {len(first)} runs" + (
+        f" ({'; '.join(refused)})" if refused else ""
+    )
+    return Drawing(
+        title="Genotypes by task",
+        figure=made,
+        caption=section.caption(
+            "t-SNE of the distinct genotypes of the last fifth of training, as weight matrices "
+            f"(HalfSoftmax, offset {OFFSET}) on a common grid with the head in a row of its own; "
+            "positions have no unit. Silhouettes of the weight matrices, 1 = clear clusters, 0 = "
+            f"none: {clarity}. {shown} shown.",
+            [first[0].label],
+        ),
+        data=pd.concat(
+            pd.DataFrame(
+                {
+                    "run": run.run,
+                    "seed": run.seed,
+                    "task": [section.tasks[i] for i in map_.task],
+                    "stage": map_.stage,
+                    "x": map_.points[:, 0],
+                    "y": map_.points[:, 1],
+                }
+            )
+            for run, map_ in embedded
+        ),
+    )

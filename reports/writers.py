@@ -1,0 +1,70 @@
+"""Tables as Markdown, LaTeX and CSV; every writer escapes."""
+
+from __future__ import annotations
+
+import html
+
+from reports.tables import Table
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "⚠": "",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def latex_escape(value: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return "".join(_LATEX.get(c, c) for c in " ".join(value.split()))
+
+
+def markdown_escape(value: str) -> str:
+    """Text that Markdown shows literally inside a table cell."""
+    plain = html.escape(" ".join(value.split()), quote=False)
+    return "".join(f"\\{c}" if c in "\\|`*_[]~" else c for c in plain)
+
+
+def to_markdown(source: Table) -> str:
+    """A GitHub-flavoured table under its title, the caption below."""
+    lines = [source.columns, ("---", *("---:" for _ in source.columns[1:]))]
+    body = [[markdown_escape(cell) for cell in row] for row in source.rows]
+    header = [markdown_escape(cell) for cell in lines[0]]
+    grid = "\n".join("| " + " | ".join(row) + " |" for row in [header, list(lines[1]), *body])
+    warnings = "".join(f"> **Warning:** {markdown_escape(w)}\n\n" for w in source.warnings)
+    title, caption = markdown_escape(source.title), markdown_escape(source.caption)
+    return f"## {title}\n\n{warnings}{grid}\n\n{caption}\n"
+
+
+def to_latex(source: Table) -> str:
+    """A ``table`` environment for the booktabs package."""
+    rows = [" & ".join(latex_escape(cell) for cell in row) + r" \\" for row in source.rows]
+    notes = "".join(f" Warning: {latex_escape(w)}" for w in source.warnings)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{latex_escape(source.title)}. {latex_escape(source.caption)}{notes}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(source.columns) - 1)}}}",
+            r"\toprule",
+            " & ".join(latex_escape(cell) for cell in source.columns) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_csv(source: Table) -> str:
+    """The tidy numbers behind the table."""
+    return source.data.to_csv(index=False, lineterminator="\n")
