@@ -46,16 +46,14 @@ def aggregates(section: Section) -> Drawing:
                 axes.barh(
                     place, width, left=estimate.low, height=0.6, color=look.colour, alpha=0.35
                 )
-            axes.vlines(estimate.value, place - 0.3, place + 0.3, color=look.colour, linewidth=2.2)
+            axes.vlines(estimate.value, place - 0.3, place + 0.3, color=look.colour, linewidth=2)
             # A seed by itself is an (1, T) matrix.
             axes.plot(
                 [float(statistic(seed[None])) for seed in scores],
                 np.full(len(scores), place),
                 "o",
-                color=look.colour,
-                markersize=2.8,
-                markeredgecolor="white",
-                markeredgewidth=0.3,
+                color="#222222",
+                markersize=2.2,
             )
             rows.append(
                 {"aggregate": name, "label": label, "seeds": len(scores)}
@@ -64,7 +62,7 @@ def aggregates(section: Section) -> Drawing:
         axes.set_title(name)
         axes.set_xlabel("success rate")
         axes.grid(visible=False, axis="y")
-        axes.margins(x=0.08)
+        axes.set_xlim(-0.02, max(0.1, 1.06 * axes.dataLim.xmax))
     counts = [f"{short(label, 30)} (n = {len(section.scores(label))})" for label in labels]
     cells[0].set_yticks(range(len(labels)), counts)
     cells[0].set_ylim(len(labels) - 0.45, -0.55)
@@ -101,7 +99,9 @@ def performance_profile(section: Section) -> Drawing:
             replicates=1000,
         )
         look = styles[label]
-        axes.fill_between(THRESHOLDS, low, high, color=look.colour, alpha=0.14, linewidth=0)
+        axes.fill_between(
+            THRESHOLDS, low, high, step="post", color=look.colour, alpha=0.14, linewidth=0
+        )
         axes.plot(
             THRESHOLDS,
             value,

@@ -33,6 +33,11 @@ FEW_POINTS = 8
 """A curve of fewer evaluations than this shows each as a point; a single one is no line."""
 
 
+def _marker(look: Look, points: int) -> str | None:
+    """Few points are shown; variants, alike in colour, are told apart by some."""
+    return look.marker if points < FEW_POINTS or look.dash != "-" else None
+
+
 def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
     """Every run thin, unfinished ones dotted; the mean of the finished bold, maybe with a band."""
     for _, run in rows.groupby("run"):
@@ -61,7 +66,8 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
         color=look.colour,
         linestyle=look.dash,
         linewidth=bold,
-        marker="o" if len(steps) < FEW_POINTS else None,
+        marker=_marker(look, len(steps)),
+        markevery=max(1, len(steps) // FEW_POINTS),
         markersize=2.2 * bold,
         clip_on=False,  # the last point stands on the edge
         alpha=0.9,  # curves that coincide show each other
@@ -145,8 +151,8 @@ def ablation_curves(ablation: Ablation) -> Drawing:
     return _mean_curves(
         ablation.section,
         list(ablation.labels),
-        f"Ablation: {ablation.description}",
-        f"{ablation.paper}. {_MEAN_SUCCESS}",
+        f"Ablation {ablation.name}",
+        f"{ablation.description} ({ablation.paper}). {_MEAN_SUCCESS}",
     )
 
 
@@ -195,7 +201,8 @@ def sample_efficiency(section: Section) -> Drawing:
             color=look.colour,
             linestyle=look.dash,
             linewidth=2,
-            marker="o" if len(curve) < FEW_POINTS else None,
+            marker=_marker(look, len(curve)),
+            markevery=max(1, len(curve) // FEW_POINTS),
             markersize=4,
             clip_on=False,
         )
@@ -267,10 +274,11 @@ def success_per_hour(section: Section) -> Drawing:
                 marker="." if len(run) < FEW_POINTS else None,
                 markersize=3,
             )
-        if finished:
-            # As far as every finished run of the algorithm reaches.
-            low = max(run["hours"].min() for run in finished)
-            grid = np.linspace(low, min(run["hours"].max() for run in finished), 100)
+        # Where every finished run of the algorithm was under way.
+        low = max((run["hours"].min() for run in finished), default=0)
+        high = min((run["hours"].max() for run in finished), default=0)
+        if low < high:
+            grid = np.linspace(low, high, 100)
             curves = [np.interp(grid, run["hours"], run["value"]) for run in finished]
             axes.plot(
                 grid, np.mean(curves, axis=0), color=look.colour, linestyle=look.dash, linewidth=2

@@ -186,7 +186,8 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
             # Three shades and four dashes have no common divisor: every slot is a pair of its own.
             _shade(bases[base], _VARIANT_SHADES[slot % len(_VARIANT_SHADES)]),
             _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
-            MARKERS[1 + slot % (len(MARKERS) - 1)],
+            # Nor have three shades and seven markers.
+            MARKERS[1 + slot % 7],
         )
     return out
 
@@ -387,7 +388,11 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
 
 def legend_line(look: Look, label: str) -> Line2D:
     """A legend entry for one label."""
-    return Line2D([], [], color=look.colour, linestyle=look.dash, label=short(label, 60))
+    variant = look.dash != "-"
+    return Line2D(
+        [], [], color=look.colour, linestyle=look.dash, label=short(label, 60),
+        marker=look.marker if variant else None, markersize=4,
+    )  # fmt: skip
 
 
 UNFINISHED = Line2D([], [], color="#777777", linewidth=0.8, linestyle=":", label="unfinished run")

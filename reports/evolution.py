@@ -183,7 +183,7 @@ def genetic_cost(section: Section) -> Drawing:
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         steps_axis(axes, ticks=4)
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    left.yaxis.set_major_formatter(PercentFormatter(1))
     left.set_title("share of the training time so far")
     right.set_title("milliseconds per generation of one task")
     title(made, "Cost of the genetic algorithm", section)

@@ -7,10 +7,11 @@ page is always written.
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,12 @@ from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from reports.figures import FIGURES, Drawing
+from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
 from reports.frames import MissingError, Results, Section, published, sections, text
+from reports.registry import Source
 from reports.tables import (
+    ABLATION_TABLES,
+    OVERVIEWS,
     TABLES,
     Table,
     comparisons,
@@ -41,6 +45,9 @@ MANIFEST = "report.json"
 MAX_INLINE_SVG = 350_000
 """Bytes; a larger drawing is embedded as PNG so that the page stays quick to load."""
 
+MAX_INLINE_CSV = 200_000
+"""Bytes; more numbers are embedded compressed."""
+
 Thing = TypeVar("Thing", Table, Drawing)
 
 
@@ -53,18 +60,54 @@ class Shown:
     drawing: Drawing | None = None
     image: str = ""
     csv: str = ""
+    suffix: str = "csv"
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        made = self.table or self.drawing
+        assert made is not None
+        return made.title
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is shown only on demand."""
+        return self.table is not None and self.table.details
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What trained the runs of one label."""
+
+    label: str
+    settings: str
+    """Protocol and configuration, as JSON."""
+    commands: tuple[tuple[str, str], ...]
+    """Run and command each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video of a learned policy."""
+
+    task: str
+    kind: str
+    """``image`` or ``video``."""
+    uri: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """A section of the page."""
+    """A part of the page."""
 
     anchor: str
-    section: Section
-    warnings: tuple[str, ...]
-    verdicts: list[str]
-    tables: list[Shown] = field(default_factory=list)
-    figures: list[Shown] = field(default_factory=list)
+    title: str
+    lead: str = ""
+    warnings: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    shown: list[Shown] = field(default_factory=list)
+    recipes: tuple[Recipe, ...] = ()
+    clips: tuple[tuple[str, tuple[Clip, ...]], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +182,20 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def _csv_uri(content: str) -> tuple[str, str]:
+    """The numbers as a download and its suffix; what is large comes compressed."""
+    data = content.encode()
+    if len(data) <= MAX_INLINE_CSV:
+        return _data_uri("text/csv", data), "csv"
+    return _data_uri("application/gzip", gzip.compress(data, mtime=0)), "csv.gz"
+
+
 def _show_table(source: Table, name: str, formats: Collection[str], out: _Writer) -> Shown:
     for kind in formats:
         if kind in TABLE_WRITERS:
             out.write(f"tables/{name}.{kind}", TABLE_WRITERS[kind](source))
-    return Shown(anchor=name, table=source, csv=_data_uri("text/csv", to_csv(source).encode()))
+    csv, suffix = _csv_uri(to_csv(source))
+    return Shown(anchor=name, table=source, csv=csv, suffix=suffix)
 
 
 def _show_drawing(drawing: Drawing, name: str, formats: Collection[str], out: _Writer) -> Shown:
@@ -156,7 +208,8 @@ def _show_drawing(drawing: Drawing, name: str, formats: Collection[str], out: _W
             out.write(f"figures/{name}.{kind}", content)
     image = _data_uri("image/svg+xml", svg) if small else _data_uri("image/png", png)
     drawing.figure.clear()
-    return Shown(anchor=name, drawing=drawing, image=image)
+    csv, suffix = _csv_uri(data)
+    return Shown(anchor=name, drawing=drawing, image=image, csv=csv, suffix=suffix)
 
 
 def _mixed(section: Section) -> list[str]:
@@ -179,6 +232,11 @@ def _mixed(section: Section) -> list[str]:
         for label, s in seeds.items()
         if len(set(s)) < len(s)
     ]
+    imported = section.runs[section.runs["origin"] != ""]
+    out += [
+        f"{label} was imported from {file}: its protocol is not known."
+        for label, file in imported.groupby("label")["origin"].first().items()
+    ]
     return out
 
 
@@ -191,6 +249,13 @@ def _banners(found: list[Section]) -> list[tuple[str, str]]:
         scales = "; ".join(dict.fromkeys(f"{s.suite}: {s.scale}" for s in reduced))
         out.append(
             ("scale", f"Reduced scale — do not set these beside the published numbers. {scales}.")
+        )
+    if len({(section.preset, section.steps_per_task) for section in found}) > 1:
+        out.append(
+            (
+                "warn",
+                "Several scales: each has a chapter of its own; their numbers do not mix.",
+            )
         )
     return out
 
@@ -207,34 +272,114 @@ def _unfinished(found: list[Section]) -> list[Gap]:
     ]
 
 
-def _chapter(
-    section: Section, formats: Collection[str], out: _Writer, gaps: list[Gap], failures: list[Gap]
-) -> Chapter:
-    anchor = slug(section.suite, section.preset, str(section.steps_per_task))
-    chapter = Chapter(
-        anchor=anchor,
-        section=section,
-        warnings=(*setting_warnings(section), *_mixed(section)),
-        verdicts=[comparison.sentence for comparison in comparisons(section)],
-    )
-    for name, make in TABLES.items():
-        what = f"{section.title}: table {name}"
-        made = _attempt(what, partial(make, section), gaps, failures)
-        if made is not None:
-            chapter.tables.append(_show_table(made, f"{anchor}-{name}", formats, out))
-    for name, draw in FIGURES.items():
-        what = f"{section.title}: figure {name}"
-        drawn = _attempt(what, partial(draw, section), gaps, failures)
-        if drawn is not None:
-            chapter.figures.append(_show_drawing(drawn, f"{anchor}-{name}", formats, out))
-    return chapter
+def _recipes(section: Section) -> tuple[Recipe, ...]:
+    """Command and settings of every run; runs of one label share their settings."""
+    out = []
+    for label in section.labels:
+        runs = section.runs[section.runs["label"] == label]
+        settings: dict[str, dict[str, object]] = {"protocol": {}, "config": {}}
+        for column, value in runs.iloc[0].items():
+            group, _, name = str(column).partition(".")
+            if group in settings and (plain := text(value)):
+                settings[group][name] = plain
+        commands = zip(runs["run"], runs["command"], strict=True)
+        out.append(
+            Recipe(
+                label=label,
+                settings=json.dumps(settings, indent=1),
+                commands=tuple((run, command) for run, command in commands if command),
+            )
+        )
+    return tuple(out)
 
 
-def build(results: Results, to: Path, formats: Collection[str] = FORMATS) -> Path:
+def _clips(section: Section) -> tuple[tuple[str, tuple[Clip, ...]], ...]:
+    kinds = {".gif": "image/gif", ".webp": "image/webp", ".mp4": "video/mp4"}
+    out = []
+    for row in section.runs.to_dict("records"):
+        of_run = tuple(
+            Clip(
+                task=task,
+                kind=kinds[path.suffix].partition("/")[0],
+                uri=_data_uri(kinds[path.suffix], path.read_bytes()),
+            )
+            for task, path in section.results.clips.get(row["run"], {}).items()
+            if path.suffix in kinds
+        )
+        if of_run:
+            out.append((f"{row['label']}, seed {row['seed']}", of_run))
+    return tuple(out)
+
+
+@dataclass(kw_only=True)
+class _Maker:
+    """Makes what the registries hold, file by file, and remembers what could not be made."""
+
+    formats: Collection[str]
+    out: _Writer
+    gaps: list[Gap] = field(default_factory=list)
+    failures: list[Gap] = field(default_factory=list)
+
+    def make(
+        self,
+        makers: Mapping[str, Callable[[Source], Thing]],
+        source: Source,
+        anchor: str,
+        where: str,
+    ) -> Iterator[Shown]:
+        """Each of ``makers`` applied to ``source``, where it supports it."""
+        for name, maker in makers.items():
+            made = _attempt(f"{where}: {name}", partial(maker, source), self.gaps, self.failures)
+            if isinstance(made, Table):
+                yield _show_table(made, f"{anchor}-{name}", self.formats, self.out)
+            elif made is not None:
+                yield _show_drawing(made, f"{anchor}-{name}", self.formats, self.out)
+
+    def chapter(self, section: Section) -> Chapter:
+        """All about one suite at one scale."""
+        anchor = slug(section.suite, section.preset, str(section.steps_per_task))
+        shown = [
+            *self.make(TABLES, section, anchor, f"{section.title}: table"),
+            *self.make(FIGURES, section, anchor, f"{section.title}: figure"),
+        ]
+        for ablation in section.ablations:
+            place = slug(anchor, ablation.name)
+            where = f"{section.title}: ablation {ablation.name}"
+            shown += self.make(ABLATION_TABLES, ablation, place, f"{where}, table")
+            shown += self.make(ABLATION_FIGURES, ablation, f"{place}-curves", f"{where}, figure")
+        return Chapter(
+            anchor=anchor,
+            title=section.title,
+            lead=f"{section.missing[0].upper()}{section.missing[1:]}.",
+            warnings=(*setting_warnings(section), *_mixed(section)),
+            verdicts=tuple(comparison.sentence for comparison in comparisons(section)),
+            shown=sorted(shown, key=lambda s: s.folded),
+            recipes=_recipes(section),
+            clips=_clips(section),
+        )
+
+    def overview(self, preset: str, found: list[Section]) -> Chapter:
+        """The papers' own tables, over all suites at one preset."""
+        made = self.make(OVERVIEWS, found, slug("papers", preset), f"The papers' tables, {preset}")
+        return Chapter(
+            anchor=slug("papers", preset),
+            title=f"The papers' tables · {preset}",
+            lead="Algorithms × suites, ours beside what the papers print.",
+            shown=list(made),
+        )
+
+
+def build(
+    results: Results,
+    to: Path,
+    formats: Collection[str] = FORMATS,
+    refresh: int | None = None,
+) -> Path:
     """Writes the report and returns the path of its ``index.html``.
 
     ``to/tables`` and ``to/figures`` take the chosen formats; the page embeds all it shows. Files
-    of an earlier report in ``to`` that this one does not renew are removed.
+    of an earlier report in ``to`` that this one does not renew are removed. With ``refresh`` an
+    open page loads itself anew every so many seconds.
 
     Raises:
         ValueError: an unknown format.
@@ -243,25 +388,28 @@ def build(results: Results, to: Path, formats: Collection[str] = FORMATS) -> Pat
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
         raise ValueError(f"unknown format {unknown[0]!r}; there are {', '.join(FORMATS)}")
-    out = _Writer(Path(to))
-    gaps: list[Gap] = []
-    failures: list[Gap] = []
+    maker = _Maker(formats=formats, out=_Writer(Path(to)))
     found = sections(results)
-    chapters = [_chapter(section, formats, out, gaps, failures) for section in found]
-    runs = _attempt("table of runs", partial(run_table, results), gaps, failures)
-    sources = published("sources").itertuples(index=False)
+    chapters = [maker.chapter(section) for section in found]
+    for preset in dict.fromkeys(section.preset for section in found):
+        of_preset = [section for section in found if section.preset == preset]
+        overview = maker.overview(preset, of_preset)
+        chapters += [overview] if overview.shown else []
+    runs = _attempt("table of runs", partial(run_table, results), maker.gaps, maker.failures)
     page = _template().render(
         chapters=chapters,
         banners=_banners(found),
-        runs=_show_table(runs, "runs", formats, out) if runs is not None else None,
+        runs=_show_table(runs, "runs", formats, maker.out) if runs is not None else None,
         unfinished=_unfinished(found),
-        gaps=gaps,
-        failures=failures,
-        citations=[str(row.citation) for row in sources],
+        unreadable=[Gap(what=run, why=why) for run, why in results.unreadable.items()],
+        gaps=maker.gaps,
+        failures=maker.failures,
+        citations=[str(row.citation) for row in published("sources").itertuples(index=False)],
+        refresh=refresh,
     )
-    out.write("index.html", page)
-    out.finish()
-    return out.to / "index.html"
+    maker.out.write("index.html", page)
+    maker.out.finish()
+    return maker.out.to / "index.html"
 
 
 def _template() -> Template:

@@ -430,8 +430,8 @@ def soft_routes(section: Section) -> Drawing:
         for layer, into, source in np.ndindex(*mean.shape[1:]):
             lines.append([(layer, -source), (layer + 1, -into)])
             share = float(mean[index, layer, into, source])
-            widths.append(0.3 + 2.2 * share)
-            alphas.append(min(1.0, 0.05 + share))
+            widths.append(0.4 + 2.4 * share)
+            alphas.append(min(1.0, 0.1 + share))
         axes.add_collection(LineCollection(lines, colors=colour, linewidths=widths, alpha=alphas))
         layer, module = np.meshgrid(np.arange(gaps + 1), -np.arange(modules))
         axes.scatter(layer, module, s=15, c="white", edgecolors="#444444", linewidths=0.7, zorder=3)

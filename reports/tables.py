@@ -89,12 +89,10 @@ def p_cell(p: float) -> str:
 
 
 def interval_cell(estimate: stats.Estimate, signed: bool = False) -> str:
-    """``0.81 [0.76, 0.86]``; without an interval the value alone."""
-    sign = "+" if signed else ""
-    value = f"{estimate.value:{sign}.2f}"
-    if not estimate.has_interval:
-        return value
-    return f"{value} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+    """``0.81 [0.76, 0.86]``, ``+0.06 [−0.01, 0.13]``; without an interval the value alone."""
+    value = f"{estimate.value:{'+' if signed else ''}.2f}"
+    bounds = f" [{estimate.low:.2f}, {estimate.high:.2f}]" if estimate.has_interval else ""
+    return (value + bounds).replace("-", "−")
 
 
 def _mean(values: pd.Series) -> float:
@@ -355,6 +353,7 @@ def area(section: Section) -> Table:
 class Comparison:
     """The reference algorithm against another one."""
 
+    suite: str
     reference: str
     other: str
     seeds: tuple[int, int]
@@ -368,17 +367,19 @@ class Comparison:
         if np.isnan(self.difference.p):
             return f"not judged ({self.difference.method})"
         if self.adjusted_p >= 1 - stats.CONFIDENCE:
-            return "not separated"
+            alone = self.difference.p < 1 - stats.CONFIDENCE
+            return "not separated" + (" once all comparisons are counted (Holm)" if alone else "")
         winner = self.reference if self.difference.estimate.value > 0 else self.other
         return f"separated: {winner} is better"
 
     @property
     def sentence(self) -> str:
         """The comparison in one line."""
+        ours, theirs = self.seeds
+        seeds = f"{ours} and {theirs} seeds" if ours != theirs else f"{ours} seed{'s' * (ours > 1)}"
         return (
-            f"{self.reference} − {self.other}: "
-            f"{interval_cell(self.difference.estimate, signed=True)}, "
-            f"{self.seeds[0]} and {self.seeds[1]} seeds: {self.verdict}"
+            f"{self.reference} − {self.other} on {self.suite}: "
+            f"{interval_cell(self.difference.estimate, signed=True)}, {seeds}: {self.verdict}"
         )
 
 
@@ -407,6 +408,7 @@ def comparisons(section: Section, reference: str | None = None) -> list[Comparis
     adjusted = stats.holm([difference.p for difference, _, _ in judged])
     return [
         Comparison(
+            suite=section.suite,
             reference=ours,
             other=theirs,
             seeds=seeds,
@@ -543,7 +545,7 @@ def ablation_table(ablation: Ablation) -> Table:
             )
         )
     return Table(
-        title=f"Ablation: {ablation.description}",
+        title=f"Ablation {ablation.name}: {ablation.description}",
         columns=(
             "Variant",
             "Mean ± std",
