@@ -2,62 +2,123 @@
 
 from __future__ import annotations
 
-import warnings
+import io
+import json
+import multiprocessing
+import shlex
+import zipfile
+from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from algorithms.agent import Finding, History
-from bench.spec import Protocol
+from bench.spec import title
 from bench.store import RunStore, StoreError, find
+from bench.sweep import ablations
 
 Frames = dict[str, Any]
 """Keyword arguments of `reports.Results`."""
+Probes = list[tuple[int, dict[str, np.ndarray]]]
+"""Steps and the agent's own arrays by name."""
 
 
-def load(out: Path) -> Frames:
-    """All runs below ``out``; unreadable ones are skipped with a warning."""
-    runs: list[dict[str, Any]] = []
-    metrics: list[pd.DataFrame] = []
-    timing: list[pd.DataFrame] = []
-    probes: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
-    traces: dict[str, dict[str, np.ndarray]] = {}
+REPORTED = ("eval", "final", "reference")
+"""Kinds of metric rows that reports read; ``train`` and ``update`` are many times as many."""
+
+
+def load(out: Path, kinds: Collection[str] = REPORTED) -> Frames:
+    """All runs below ``out``, with the metric rows of these kinds.
+
+    What cannot be read is named under ``unreadable``. Runs of older versions are read as far as
+    they are understood.
+    """
+    stores = find(out)
+    names = [str(store.path.relative_to(out)) for store in stores]
+    unreadable: dict[str, str] = {}
+    read: list[_Run] = []
+    for name, found in zip(names, _read_all(stores, names, kinds), strict=True):
+        if isinstance(found, str):
+            unreadable[name] = found
+        else:
+            read.append(found)
     tasks: dict[str, tuple[str, ...]] = {}
-    health: list[dict[str, str]] = []
-    for store in find(out):
-        name = str(store.path.relative_to(out))
-        try:
-            row = run_row(store, name)
-        except StoreError as error:
-            warnings.warn(f"skipping {name}: {error}", RuntimeWarning, stacklevel=2)
-            continue
-        runs.append(row)
-        key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
-        measured, timed = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
-        if measured is not None:
-            metrics.append(measured.assign(**key))
-            tasks.setdefault(row["suite"], tuple(measured["task"].unique()))
-        if timed is not None:
-            timing.append(timed.assign(**key))
-        probes[name] = read_probes(store)
-        if (trace := store.probe_path / "trace.npz").exists():
-            traces[name] = _arrays(trace)
-        findings = health_rows(store, measured, probes[name])
-        health += [{"run": name} | finding for finding in findings]
+    for run in read:
+        if run.tasks:
+            tasks.setdefault(run.row["suite"], run.tasks)
     return {
-        "runs": pd.DataFrame(runs),
-        "metrics": _concatenate(metrics),
-        "timing": _concatenate(timing),
-        "health": pd.DataFrame(health),
-        "probes": probes,
-        "traces": traces,
+        "runs": pd.DataFrame([run.row for run in read]),
+        "metrics": _concatenate([run.metrics for run in read]),
+        "timing": _concatenate([run.timing for run in read]),
+        "health": pd.DataFrame([line for run in read for line in run.health]),
+        "probes": {run.row["run"]: run.probes for run in read if run.probes},
+        "traces": {run.row["run"]: run.trace for run in read if run.trace is not None},
         "tasks": tasks,
+        "ablations": ablations(),
+        "clips": {run.row["run"]: run.clips for run in read if run.clips},
+        "unreadable": unreadable,
     }
 
 
-Probes = list[tuple[int, dict[str, np.ndarray]]]
+class _Run(NamedTuple):
+    """What one run directory holds."""
+
+    row: dict[str, Any]
+    metrics: pd.DataFrame | None
+    timing: pd.DataFrame | None
+    health: list[dict[str, str]]
+    probes: Probes
+    trace: dict[str, np.ndarray] | None
+    tasks: tuple[str, ...]
+    clips: dict[str, Path]
+
+
+MANY_RUNS = 100
+"""From so many runs on, reading them is worth several processes."""
+
+
+def _read_all(
+    stores: list[RunStore], names: list[str], kinds: Collection[str]
+) -> Iterator[_Run | str]:
+    """Each run, or why it cannot be read."""
+    read = partial(_read_run, kinds=frozenset(kinds))
+    if len(stores) < MANY_RUNS or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(read, stores, names)
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(read, stores, names, chunksize=8)
+
+
+def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
+    try:
+        row = run_row(store, name)
+        probes = read_probes(store)
+        trace = store.probe_path / "trace.npz"
+        arrays = _arrays(trace) if trace.exists() else None
+    except (StoreError, OSError, ValueError, zipfile.BadZipFile) as error:
+        return str(error)
+    key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
+    metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
+    wanted = None if metrics is None else metrics[metrics["kind"].isin(kinds)].assign(**key)
+    return _Run(
+        row=row,
+        metrics=wanted,
+        timing=None if timing is None else timing.assign(**key),
+        health=[{"run": name} | line for line in health_rows(store, metrics, probes)],
+        probes=probes,
+        trace=arrays,
+        tasks=() if metrics is None else tuple(map(str, metrics["task"].unique())),
+        clips={film.stem: film for film in sorted((store.path / VIDEO).glob("*.*"))},
+    )
+
+
+VIDEO = "video"
+"""The folder of a run's clips, one file per task."""
 
 
 def health_of(store: RunStore) -> list[dict[str, str]]:
@@ -74,27 +135,28 @@ def health_rows(
     """
     if metrics is None:
         return []
-    spec = store.spec()
     try:
+        spec = store.spec()
         agent, config = spec.agent, spec.agent_config
-    except ValueError:
+    except (StoreError, ValueError):
         return []
     of_training = metrics[metrics["kind"].isin(["train", "update"])]
-    tasks = tuple(str(task) for task in of_training["task"].unique())
-    index = pd.Index(sorted(of_training["step"].unique()))
-
-    def series(rows: pd.DataFrame, values: pd.Series) -> np.ndarray:
-        wide = rows.assign(shown=values).pivot_table(index="step", columns="task", values="shown")
-        return wide.reindex(index=index, columns=list(tasks)).to_numpy(np.float64)
-
-    trained = of_training[of_training["kind"] == "train"]
-    success = trained[trained["metric"] == "success"]
-    return_ = trained[trained["metric"] == "return"]
-    updates = of_training[of_training["kind"] == "update"]
+    values = of_training["value"].to_numpy(np.float64).copy()
+    rates = (of_training["metric"] == "success").to_numpy()
+    values[rates] /= of_training["count"].to_numpy(np.float64)[rates]
+    step, steps = pd.factorize(of_training["step"], sort=True)
+    task, tasks = pd.factorize(of_training["task"])
+    names = of_training["kind"] + "." + of_training["metric"]
+    metric, metrics_seen = pd.factorize(names)
+    cube = np.full((len(metrics_seen), len(steps), len(tasks)), np.nan)
+    cube[metric, step, task] = values
+    series = dict(zip(map(str, metrics_seen), cube, strict=True))
+    unknown = np.full((len(steps), len(tasks)), np.nan)
     history = History(
-        tasks, config, spec.protocol.plan, probes, index.to_numpy(),
-        series(success, success["value"] / success["count"]), series(return_, return_["value"]),
-        {str(name): series(rows, rows["value"]) for name, rows in updates.groupby("metric")},
+        tuple(map(str, tasks)), config, spec.protocol.plan, probes, np.asarray(steps),
+        series.get("train.success", unknown), series.get("train.return", unknown),
+        {name.removeprefix("update."): rows for name, rows in series.items()
+         if name.startswith("update.")},
     )  # fmt: skip
     try:
         findings = agent.health(history)
@@ -113,40 +175,69 @@ def read_probes(store: RunStore) -> Probes:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays.items())
+    """The arrays of an npz file, without objects.
+
+    A run's snapshots repeat their arrays' headers, which numpy would parse thousands of times.
+    Raises ValueError if an array cannot be read, BadZipFile if the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return {
+            name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()
+        }
+
+
+def _array(data: bytes) -> np.ndarray:
+    start = 10 + int.from_bytes(data[8:10], "little")
+    dtype, shape, fortran = _header(data[:start])
+    if fortran:
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+@cache
+def _header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("an array of another npy version than 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("an array of objects")
+    return dtype, shape, fortran
 
 
 def run_row(store: RunStore, name: str) -> dict[str, Any]:
     """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
-    content, spec, status = store.description(), store.spec(), state_of(store)
+    content, status = _description(store), state_of(store)
+    spec = content.get("spec", content)
     environment = content.get("environment", {})
+    protocol = spec.get("protocol", {})
     parameters = status.get("parameters", {})
-    seconds = _last_total(store)
     flat: dict[str, Any] = {
         "run": name,
-        "id": spec.id,
-        "suite": spec.suite,
-        "algorithm": spec.title,
-        "seed": spec.seed,
-        "preset": spec.preset,
+        "id": spec.get("id", ""),
+        "suite": spec["suite"],
+        "algorithm": title(spec.get("label", spec["algorithm"]), spec.get("changed", {})),
+        "seed": spec["seed"],
+        "preset": spec.get("preset", "unknown"),
+        "schema": content.get("schema"),
         "state": status["state"],
         "step": status.get("step", 0),
-        "steps_per_task": spec.protocol.steps_per_task,
+        "steps_per_task": protocol.get("steps_per_task", status.get("steps", 0)),
         "success": status.get("success"),
         "parameters_actor": parameters.get("actor"),
         "parameters_critic": parameters.get("critic"),
-        "seconds": seconds,
+        "seconds": _last_total(store),
         "peak_memory_bytes": status.get("peak_memory_bytes"),
         "steps_per_second": status.get("steps_per_second"),
-        "updates_per_second": _updates_per_second(spec.protocol, status.get("steps_per_second")),
+        "updates_per_second": _updates_per_second(protocol, status.get("steps_per_second")),
         "heartbeat": status.get("time"),
         "error": status.get("error", ""),
         "git_commit": environment.get("git_commit", ""),
+        "command": _command(spec),
     }
     groups = {
-        "protocol": spec.protocol.model_dump(mode="json"),
-        "config": spec.config,
+        "protocol": protocol,
+        "config": spec.get("config", {}),
         "hardware": environment.get("hardware", {}),
         "versions": environment.get("versions", {}),
         "numerics": environment.get("numerics", {}),
@@ -154,6 +245,38 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
     for group, values in groups.items():
         flat |= {f"{group}.{key}": value for key, value in values.items()}
     return flat
+
+
+def _description(store: RunStore) -> dict[str, Any]:
+    """spec.json of this version, or of another one that tells suite, algorithm and seed."""
+    try:
+        return store.description()
+    except StoreError:
+        with suppress(OSError, ValueError):
+            content = json.loads((store.path / "spec.json").read_text("utf-8"))
+            spec = content.get("spec", content) if isinstance(content, dict) else None
+            if isinstance(spec, dict) and {"suite", "algorithm", "seed"} <= set(spec):
+                return dict(content)
+        raise
+
+
+def _command(spec: dict[str, Any]) -> str:
+    """The command that trains this run, and no other, again."""
+    protocol, config = spec.get("protocol", {}), spec.get("config", {})
+    changed = dict(spec.get("changed", {}))
+    for key, source in spec.get("sources", {}).items():
+        if source == "user" and key in protocol:
+            changed[key] = protocol[key]
+        elif source == "user" and key in config:
+            changed[f"{spec['algorithm']}.{key}"] = config[key]
+            changed.pop(key, None)
+    words = ["bench", "run", "--algos", spec.get("label", spec["algorithm"])]
+    words += ["--suite", spec["suite"], "--seeds", f"{spec['seed']}-{spec['seed']}"]
+    words += ["--preset", spec.get("preset", "cpu")]
+    for key, value in changed.items():
+        plain = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+        words += ["--set", f"{key}={plain}"]
+    return shlex.join(words)
 
 
 def state_of(store: RunStore) -> dict[str, Any]:
@@ -164,10 +287,10 @@ def state_of(store: RunStore) -> dict[str, Any]:
     return status
 
 
-def _updates_per_second(protocol: Protocol, steps_per_second: float | None) -> float | None:
-    if steps_per_second is None:
+def _updates_per_second(protocol: dict[str, Any], steps_per_second: float | None) -> float | None:
+    if steps_per_second is None or "envs_per_task" not in protocol:
         return None
-    return steps_per_second / protocol.envs_per_task * protocol.updates_per_step
+    return float(steps_per_second / protocol["envs_per_task"] * protocol["updates_per_step"])
 
 
 def _last_total(store: RunStore) -> float | None:
@@ -186,5 +309,6 @@ def _read(path: Path) -> pd.DataFrame | None:
     return frame if len(frame) else None
 
 
-def _concatenate(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+def _concatenate(frames: list[pd.DataFrame | None]) -> pd.DataFrame:
+    present = [frame for frame in frames if frame is not None]
+    return pd.concat(present, ignore_index=True) if present else pd.DataFrame()

@@ -171,10 +171,7 @@ class RunSpec(BaseModel):
     @property
     def title(self) -> str:
         """The label with what the user changed: how results tell this configuration apart."""
-        if not self.changed:
-            return self.label
-        changes = ",".join(f"{key}={value}" for key, value in sorted(self.changed.items()))
-        return f"{self.label}[{changes}]"
+        return title(self.label, self.changed)
 
     def with_seed(self, seed: int) -> RunSpec:
         """The same run under another seed."""
@@ -293,6 +290,12 @@ class RunSpec(BaseModel):
             changed=changed,
             sources=sources,
         )
+
+
+def title(label: str, changed: Mapping[str, Any]) -> str:
+    """A label with what the user changed: ``mega[start_stage=4]``."""
+    changes = ",".join(f"{key}={value}" for key, value in sorted(changed.items()))
+    return f"{label}[{changes}]" if changes else label
 
 
 def variant_values(agent: type[Agent], name: str, variant: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from reports import stats
 from reports.drawing import (
     ABLATION_FIGURES,
+    FEW_POINTS,
     STEPS,
     UNFINISHED,
     Drawing,
@@ -24,13 +25,10 @@ from reports.drawing import (
     section_looks,
     steps_axis,
     styled,
+    thin_lines,
     title,
-    wide,
 )
 from reports.frames import Ablation, MissingError, Section, generator
-
-FEW_POINTS = 8
-"""A curve of fewer evaluations than this shows each as a point; a single one is no line."""
 
 
 def _marker(look: Look, points: int) -> str | None:
@@ -40,20 +38,20 @@ def _marker(look: Look, points: int) -> str | None:
 
 def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
     """Every run thin, unfinished ones dotted; the mean of the finished bold, maybe with a band."""
-    for _, run in rows.groupby("run"):
-        series = run.groupby("step")["value"].mean()
-        unfinished = not bool(run["finished"].iloc[0])
-        axes.plot(
-            series.index.to_numpy(),
-            series.to_numpy(),
-            color=look.colour,
-            linewidth=0.6,
-            alpha=0.55,
-            linestyle=":" if unfinished else "-",
-            marker="." if len(series) < FEW_POINTS else None,
-            markersize=3,
-        )
-    finished = wide(rows[rows["finished"]]).dropna(axis="columns")
+    if rows.empty:
+        return
+    runs = rows.groupby(["run", "finished", "step"])["value"].mean().unstack()
+    steps = runs.columns.to_numpy()
+    known = runs.notna().to_numpy()
+    thin_lines(
+        axes,
+        [
+            (steps[there], values[there], bool(finished))
+            for (_, finished), values, there in zip(runs.index, runs.to_numpy(), known, strict=True)
+        ],
+        look.colour,
+    )
+    finished = runs[runs.index.get_level_values("finished")].dropna(axis="columns")
     if finished.empty:
         return
     steps = finished.columns.to_numpy()
@@ -229,27 +227,19 @@ def _hours(section: Section) -> pd.DataFrame:
     """Mean success over tasks against the hours that each run had trained by then."""
     rows = _curve_rows(section, "success")
     totals = section.timing[section.timing["section"] == "total"]
-    frames = []
-    for keys, curve in rows.groupby(["label", "run", "finished"]):
-        clock = totals[totals["run"] == keys[1]].groupby("step")["seconds"].last()
-        if len(clock):
-            success = curve.groupby("step")["value"].mean()
-            steps, seconds = [0, *clock.index], [0.0, *clock]
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "label": keys[0],
-                        "run": keys[1],
-                        "finished": keys[2],
-                        "step": success.index,
-                        "hours": np.interp(success.index, steps, seconds) / 3600,
-                        "value": success.to_numpy(),
-                    }
-                )
-            )
-    if not frames:
+    clocks = {run: clock.set_index("step")["seconds"] for run, clock in totals.groupby("run")}
+    means = rows.groupby(["label", "run", "finished", "step"])["value"].mean().reset_index()
+    means = means[means["run"].isin(clocks)]
+    if means.empty:
         raise MissingError("no evaluated run has recorded its times")
-    return pd.concat(frames, ignore_index=True)
+    hours = [
+        np.interp(curve["step"], [0, *clocks[run].index], [0.0, *clocks[run]]) / 3600
+        for run, curve in means.groupby("run", sort=False)
+    ]
+    order = means.groupby("run", sort=False).indices
+    return means.assign(
+        hours=pd.Series(np.concatenate(hours), np.concatenate(list(order.values())))
+    )
 
 
 @figure("success_per_hour")
@@ -263,17 +253,14 @@ def success_per_hour(section: Section) -> Drawing:
     for label in drawn:
         look, runs = styles[label], rows[rows["label"] == label]
         finished = [run for _, run in runs[runs["finished"]].groupby("run")]
-        for _, run in runs.groupby("run"):
-            axes.plot(
-                run["hours"],
-                run["value"],
-                color=look.colour,
-                linewidth=0.6,
-                alpha=0.55,
-                linestyle="-" if run["finished"].iloc[0] else ":",
-                marker="." if len(run) < FEW_POINTS else None,
-                markersize=3,
-            )
+        thin_lines(
+            axes,
+            [
+                (run["hours"].to_numpy(), run["value"].to_numpy(), bool(run["finished"].iloc[0]))
+                for _, run in runs.groupby("run")
+            ],
+            look.colour,
+        )
         # Where every finished run of the algorithm was under way.
         low = max((run["hours"].min() for run in finished), default=0)
         high = min((run["hours"].max() for run in finished), default=0)
@@ -307,10 +294,11 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
     rows = _curve_rows(section, metric)
     styles = section_looks(section)
     made, cells = panels(section, ylabel, share_y=metric == "success")
+    parts = dict(list(rows.groupby(["task", "label"])))
     for _, task, axes in cells:
-        of_task = rows[rows["task"] == task]
         for label in section.labels:
-            _draw_curve(axes, of_task[of_task["label"] == label], styles[label], 1.4, band=False)
+            if (task, label) in parts:
+                _draw_curve(axes, parts[task, label], styles[label], 1.4, band=False)
         if metric == "success":
             axes.set_ylim(-0.04, 1.04)
             axes.set_yticks([0, 0.5, 1])

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -273,50 +274,45 @@ def draw_probe(
     styles = section_looks(section)
     made, cells = panels(section, ylabel)
     frames = []
-    for run in runs:
-        when, values = run.series(key)
-        if values.shape[1:] != (len(section.tasks),):
-            raise MissingError(f"probe {key!r} of run {run.run} has not one value per task")
-        frames.append(
-            pd.DataFrame(
-                {
-                    "label": run.label,
-                    "run": run.run,
-                    "finished": run.finished,
-                    "step": np.repeat(when, values.shape[1]),
-                    "task": np.tile(list(section.tasks), len(when)),
-                    "value": values.ravel().astype(float),
-                }
-            )
-        )
-        others = [other.run for other in runs if other.label == run.label]
-        nudge = 0.08 * (others.index(run.run) - (len(others) - 1) / 2) if steps else 0.0
+    for label in dict.fromkeys(run.label for run in runs):
+        of_label = [(run, *run.series(key)) for run in runs if run.label == label]
+        for run, when, values in of_label:
+            if values.shape[1:] != (len(section.tasks),):
+                raise MissingError(f"probe {key!r} of run {run.run} has not one value per task")
+            facts = {"label": run.label, "run": run.run, "finished": run.finished}
+            cell = {
+                "step": np.repeat(when, values.shape[1]),
+                "task": np.tile(list(section.tasks), len(when)),
+                "value": values.ravel().astype(float),
+            }
+            frames.append(pd.DataFrame(facts | cell))
+        look, middle = styles[label], (len(of_label) - 1) / 2
+        apart = min(0.08, 0.4 / len(of_label)) if steps else 0.0
         for index, _, axes in cells:
-            axes.plot(
-                when,
-                values[:, index] + nudge,
-                color=styles[run.label].colour,
-                linewidth=0.7,
-                alpha=0.7,
-                linestyle="-" if run.finished else ":",
-                drawstyle="steps-post" if steps else "default",
+            thin_lines(
+                axes,
+                [
+                    (when, values[:, index] + apart * (place - middle), run.finished)
+                    for place, (run, when, values) in enumerate(of_label)
+                ],
+                look.colour,
+                staircase=steps,
             )
-    rows = pd.concat(frames, ignore_index=True)
-    for _, task, axes in cells:
-        chosen = rows[(rows["task"] == task) & rows["finished"]]
-        for label, group in chosen.groupby("label"):
-            mean = wide(group).dropna(axis="columns").mean()
-            look = styles[str(label)]
-            axes.plot(
-                mean.index.to_numpy(),
-                mean.to_numpy(),
-                color=look.colour,
-                linestyle=look.dash,
-                linewidth=1.5,
-                drawstyle="steps-post" if steps else "default",
-            )
+            finished = [
+                pd.Series(values[:, index], when) for run, when, values in of_label if run.finished
+            ]
+            if finished:
+                mean = pd.concat(finished, axis=1).dropna().mean(axis=1)
+                axes.plot(
+                    mean.index.to_numpy(),
+                    mean.to_numpy(),
+                    color=look.colour,
+                    linestyle=look.dash,
+                    linewidth=1.5,
+                    drawstyle="steps-post" if steps else "default",
+                )
     title(made, words, section)
-    return made, cells, rows
+    return made, cells, pd.concat(frames, ignore_index=True)
 
 
 def map_panels(section: Section, maps: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Figure:
@@ -355,6 +351,39 @@ def map_panels(section: Section, maps: Sequence[tuple[str, np.ndarray, np.ndarra
     return made
 
 
+def thin_lines(
+    axes: Axes,
+    curves: Iterable[tuple[np.ndarray, np.ndarray, bool]],
+    colour: str,
+    staircase: bool = False,
+) -> None:
+    """Runs as thin lines, unfinished ones dotted: x, y and whether finished of each.
+
+    All in one collection, which hundreds of runs need.
+    """
+    lines: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    few = []
+    for x, y, finished in curves:
+        if staircase:
+            x, y = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+        elif len(x) < FEW_POINTS:
+            few.append(np.column_stack([x, y]))
+        lines[finished].append(np.column_stack([x, y]))
+    for finished, of_kind in lines.items():
+        if of_kind:
+            axes.add_collection(
+                LineCollection(
+                    of_kind, colors=colour, linewidths=0.6, alpha=0.6,
+                    linestyles="-" if finished else ":",
+                )
+            )  # fmt: skip
+    if few:
+        axes.plot(*np.concatenate(few).T, ".", color=colour, markersize=3, alpha=0.6)
+    axes.autoscale_view()
+
+
+FEW_POINTS = 8
+"""A curve of fewer evaluations than this shows each as a point; a single one is no line."""
 STEPS = "environment steps per task"
 
 

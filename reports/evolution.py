@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,17 @@ from reports.genotypes import OFFSET, Embedding, collect, embed
 
 
 def _events(run: ProbedRun) -> Iterator[tuple[int, int, int, int, str]]:
-    """Distinct stage increases: step per task, task, old and new stage, cause."""
-    seen: set[tuple[int, ...]] = set()
-    for _, arrays in run.snapshots:
+    """Stage increases: step per task, task, old and new stage, cause.
+
+    The last snapshot holds all there have been.
+    """
+    kept = [arrays for _, arrays in run.snapshots if "stage_events" in arrays]
+    for arrays in kept[-1:]:
         names = [str(name) for name in arrays.get("cause_names", np.array([]))]
-        for event in arrays.get("stage_events", np.zeros((0, 5), dtype=int)):
+        for event in arrays["stage_events"]:
             step, task, old, new, code = (int(v) for v in event)
-            if (step, task, old, new) not in seen:
-                seen.add((step, task, old, new))
-                cause = names[code] if 0 <= code < len(names) else f"cause {code}"
-                yield step, task, old, new, cause
+            cause = names[code] if 0 <= code < len(names) else f"cause {code}"
+            yield step, task, old, new, cause
 
 
 @figure("stages")
@@ -55,10 +57,13 @@ def stages(section: Section) -> Drawing:
     events = [(run, *event) for run in runs for event in _events(run)]
     causes = sorted({event[-1] for event in events})
     shapes = {cause: MARKERS[(2 + i) % len(MARKERS)] for i, cause in enumerate(causes)}
-    for _, step, task, _, new, cause in events:
+    for (task, cause), rises in groupby(
+        sorted(events, key=lambda event: (event[2], event[5])), lambda event: (event[2], event[5])
+    ):
         if task < len(cells):
+            steps, stages_ = zip(*((event[1], event[4]) for event in rises), strict=True)
             cells[task][2].plot(
-                step, new, shapes[cause], color="#222222", markersize=3.5, alpha=0.8, mew=0
+                steps, stages_, shapes[cause], color="#222222", markersize=3.5, alpha=0.8, mew=0
             )
     for _, _, axes in cells:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -424,11 +424,19 @@ class Section:
 
         Index: seed, ascending. The rate is successes over episodes of the last policy.
         """
-        rows = self._final[self._final["label"] == label]
-        rates = (rows["value"] / rows["count"]).rename("rate")
-        frame = rows[["run", "seed", "task"]].assign(rate=rates)
-        wide = frame.pivot_table(index=["seed", "run"], columns="task", values="rate")
-        return wide.reindex(columns=list(self.tasks)).dropna().droplevel("run")
+        of_label = self._scores.get(label)
+        return pd.DataFrame(columns=list(self.tasks), dtype=float) if of_label is None else of_label
+
+    @cached_property
+    def _scores(self) -> dict[str, pd.DataFrame]:
+        rows = self._final
+        frame = rows[["label", "run", "seed", "task"]].assign(rate=rows["value"] / rows["count"])
+        wide = frame.pivot_table(index=["label", "seed", "run"], columns="task", values="rate")
+        whole = wide.reindex(columns=list(self.tasks)).dropna()
+        return {
+            str(label): of_label.droplevel(["label", "run"])
+            for label, of_label in whole.groupby(level="label")
+        }
 
     @cached_property
     def scored(self) -> list[str]:
@@ -457,6 +465,15 @@ class Section:
 
         ``success`` comes as a rate; ``return`` as the mean over the evaluation's episodes.
         """
+        if metric not in self._curves:
+            self._curves[metric] = self._curve_rows(metric)
+        return self._curves[metric]
+
+    @cached_property
+    def _curves(self) -> dict[str, pd.DataFrame]:
+        return {}
+
+    def _curve_rows(self, metric: str) -> pd.DataFrame:
         rows = self.metrics
         rows = rows[rows["kind"].isin(["eval", "final"]) & (rows["metric"] == metric)]
         value = rows["value"] / rows["count"] if metric == "success" else rows["value"]

@@ -6,21 +6,19 @@ page is always written.
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
-from reports.frames import MissingError, Results, Section, published, sections, text
+from reports.frames import Results, Section, published, sections, text
+from reports.making import FORMATS, Job, Shown, cores, data_uri, do_all, produce
 from reports.registry import Source
 from reports.tables import (
     ABLATION_TABLES,
@@ -32,47 +30,10 @@ from reports.tables import (
     run_table,
     setting_warnings,
 )
-from reports.writers import to_csv, to_latex, to_markdown
 
-TABLE_WRITERS: dict[str, Callable[[Table], str]] = {
-    "csv": to_csv,
-    "md": to_markdown,
-    "tex": to_latex,
-}
-FIGURE_FORMATS = ("png", "svg")
-FORMATS = (*TABLE_WRITERS, *FIGURE_FORMATS)
 MANIFEST = "report.json"
-MAX_INLINE_SVG = 350_000
-"""Bytes; a larger drawing is embedded as PNG so that the page stays quick to load."""
-
-MAX_INLINE_CSV = 200_000
-"""Bytes; more numbers are embedded compressed."""
-
-Thing = TypeVar("Thing", Table, Drawing)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A table or an embedded image as the template wants it."""
-
-    anchor: str
-    table: Table | None = None
-    drawing: Drawing | None = None
-    image: str = ""
-    csv: str = ""
-    suffix: str = "csv"
-
-    @property
-    def title(self) -> str:
-        """What it is called."""
-        made = self.table or self.drawing
-        assert made is not None
-        return made.title
-
-    @property
-    def folded(self) -> bool:
-        """Whether it is shown only on demand."""
-        return self.table is not None and self.table.details
+MANY_RUNS = 100
+"""From so many runs on a report is worth several processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +95,12 @@ class _Writer:
         self.to = to
         self.written: list[str] = []
 
-    def write(self, name: str, content: str | bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Replaces one file whole."""
         path = self.to / name
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_name(f".{path.name}.part")
-        half.write_bytes(content.encode() if isinstance(content, str) else content)
+        half.write_bytes(content)
         half.replace(path)
         self.written.append(name)
 
@@ -148,7 +109,8 @@ class _Writer:
         for name in _previous(self.to / MANIFEST):
             if name not in self.written:
                 (self.to / name).unlink(missing_ok=True)
-        self.write(MANIFEST, json.dumps({"schema": 1, "files": sorted(self.written)}, indent=1))
+        manifest = {"schema": 1, "files": sorted(self.written)}
+        self.write(MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _previous(manifest: Path) -> list[str]:
@@ -159,57 +121,6 @@ def _previous(manifest: Path) -> list[str]:
     kinds = "|".join(FORMATS)
     own = re.compile(rf"(tables|figures)/[A-Za-z0-9_-]+\.({kinds})")
     return [str(name) for name in names if own.fullmatch(str(name))]
-
-
-def _attempt(
-    what: str, make: Callable[[], Thing], gaps: list[Gap], failures: list[Gap]
-) -> Thing | None:
-    """The thing, or a line saying why it could not be had.
-
-    Frames come from disk, also half-written and from older versions: what they break is reported
-    on the page and must not take the rest of it along.
-    """
-    try:
-        return make()
-    except MissingError as reason:
-        gaps.append(Gap(what=what, why=str(reason)))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        failures.append(Gap(what=what, why=f"{type(error).__name__}: {error}"))
-    return None
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _csv_uri(content: str) -> tuple[str, str]:
-    """The numbers as a download and its suffix; what is large comes compressed."""
-    data = content.encode()
-    if len(data) <= MAX_INLINE_CSV:
-        return _data_uri("text/csv", data), "csv"
-    return _data_uri("application/gzip", gzip.compress(data, mtime=0)), "csv.gz"
-
-
-def _show_table(source: Table, name: str, formats: Collection[str], out: _Writer) -> Shown:
-    for kind in formats:
-        if kind in TABLE_WRITERS:
-            out.write(f"tables/{name}.{kind}", TABLE_WRITERS[kind](source))
-    csv, suffix = _csv_uri(to_csv(source))
-    return Shown(anchor=name, table=source, csv=csv, suffix=suffix)
-
-
-def _show_drawing(drawing: Drawing, name: str, formats: Collection[str], out: _Writer) -> Shown:
-    svg = drawing.svg()
-    small = len(svg) <= MAX_INLINE_SVG
-    png = b"" if small and "png" not in formats else drawing.png()
-    data = drawing.data.to_csv(index=False, lineterminator="\n")
-    for kind, content in (("svg", svg), ("png", png), ("csv", data)):
-        if kind in formats:
-            out.write(f"figures/{name}.{kind}", content)
-    image = _data_uri("image/svg+xml", svg) if small else _data_uri("image/png", png)
-    drawing.figure.clear()
-    csv, suffix = _csv_uri(data)
-    return Shown(anchor=name, drawing=drawing, image=image, csv=csv, suffix=suffix)
 
 
 def _mixed(section: Section) -> list[str]:
@@ -301,7 +212,7 @@ def _clips(section: Section) -> tuple[tuple[str, tuple[Clip, ...]], ...]:
             Clip(
                 task=task,
                 kind=kinds[path.suffix].partition("/")[0],
-                uri=_data_uri(kinds[path.suffix], path.read_bytes()),
+                uri=data_uri(kinds[path.suffix], path.read_bytes()),
             )
             for task, path in section.results.clips.get(row["run"], {}).items()
             if path.suffix in kinds
@@ -312,61 +223,67 @@ def _clips(section: Section) -> tuple[tuple[str, tuple[Clip, ...]], ...]:
 
 
 @dataclass(kw_only=True)
-class _Maker:
-    """Makes what the registries hold, file by file, and remembers what could not be made."""
+class _Plan:
+    """All that the registries can make of the results, chapter by chapter."""
 
     formats: Collection[str]
-    out: _Writer
-    gaps: list[Gap] = field(default_factory=list)
-    failures: list[Gap] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    """The chapter of each job."""
 
-    def make(
+    def add(
         self,
-        makers: Mapping[str, Callable[[Source], Thing]],
+        chapter: str,
+        makers: Mapping[str, Callable[[Source], Table | Drawing]],
         source: Source,
         anchor: str,
         where: str,
-    ) -> Iterator[Shown]:
-        """Each of ``makers`` applied to ``source``, where it supports it."""
+    ) -> None:
+        """Each of ``makers`` on ``source``."""
         for name, maker in makers.items():
-            made = _attempt(f"{where}: {name}", partial(maker, source), self.gaps, self.failures)
-            if isinstance(made, Table):
-                yield _show_table(made, f"{anchor}-{name}", self.formats, self.out)
-            elif made is not None:
-                yield _show_drawing(made, f"{anchor}-{name}", self.formats, self.out)
+            made = partial(maker, source)
+            self.jobs.append(
+                partial(produce, f"{where} {name}", f"{anchor}-{name}", made, self.formats)
+            )
+            self.places.append(chapter)
 
-    def chapter(self, section: Section) -> Chapter:
+    def add_section(self, section: Section) -> None:
         """All about one suite at one scale."""
-        anchor = slug(section.suite, section.preset, str(section.steps_per_task))
-        shown = [
-            *self.make(TABLES, section, anchor, f"{section.title}: table"),
-            *self.make(FIGURES, section, anchor, f"{section.title}: figure"),
-        ]
+        anchor = section_anchor(section)
+        self.add(anchor, TABLES, section, anchor, f"{section.title}: table")
+        self.add(anchor, FIGURES, section, anchor, f"{section.title}: figure")
         for ablation in section.ablations:
             place = slug(anchor, ablation.name)
-            where = f"{section.title}: ablation {ablation.name}"
-            shown += self.make(ABLATION_TABLES, ablation, place, f"{where}, table")
-            shown += self.make(ABLATION_FIGURES, ablation, f"{place}-curves", f"{where}, figure")
-        return Chapter(
-            anchor=anchor,
-            title=section.title,
-            lead=f"{section.missing[0].upper()}{section.missing[1:]}.",
-            warnings=(*setting_warnings(section), *_mixed(section)),
-            verdicts=tuple(comparison.sentence for comparison in comparisons(section)),
-            shown=sorted(shown, key=lambda s: s.folded),
-            recipes=_recipes(section),
-            clips=_clips(section),
-        )
+            where = f"{section.title}: {ablation.name},"
+            self.add(anchor, ABLATION_TABLES, ablation, place, f"{where} table")
+            self.add(anchor, ABLATION_FIGURES, ablation, f"{place}-curves", f"{where} figure")
 
-    def overview(self, preset: str, found: list[Section]) -> Chapter:
-        """The papers' own tables, over all suites at one preset."""
-        made = self.make(OVERVIEWS, found, slug("papers", preset), f"The papers' tables, {preset}")
-        return Chapter(
-            anchor=slug("papers", preset),
-            title=f"The papers' tables · {preset}",
-            lead="Algorithms × suites, ours beside what the papers print.",
-            shown=list(made),
-        )
+
+def section_anchor(section: Section) -> str:
+    """Where the page has the section, and how its files begin."""
+    return slug(section.suite, section.preset, str(section.steps_per_task))
+
+
+def _chapter(section: Section, shown: list[Shown]) -> Chapter:
+    return Chapter(
+        anchor=section_anchor(section),
+        title=section.title,
+        lead=f"{section.missing[0].upper()}{section.missing[1:]}.",
+        warnings=(*setting_warnings(section), *_mixed(section)),
+        verdicts=tuple(comparison.sentence for comparison in comparisons(section)),
+        shown=sorted(shown, key=lambda s: s.folded),
+        recipes=_recipes(section),
+        clips=_clips(section),
+    )
+
+
+def _overview(preset: str, shown: list[Shown]) -> Chapter:
+    return Chapter(
+        anchor=slug("papers", preset),
+        title=f"The papers' tables · {preset}",
+        lead="Algorithms × suites, ours beside what the papers print.",
+        shown=shown,
+    )
 
 
 def build(
@@ -388,28 +305,43 @@ def build(
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
         raise ValueError(f"unknown format {unknown[0]!r}; there are {', '.join(FORMATS)}")
-    maker = _Maker(formats=formats, out=_Writer(Path(to)))
     found = sections(results)
-    chapters = [maker.chapter(section) for section in found]
-    for preset in dict.fromkeys(section.preset for section in found):
+    plan = _Plan(formats=formats)
+    for section in found:
+        plan.add_section(section)
+    presets = list(dict.fromkeys(section.preset for section in found))
+    for preset in presets:
         of_preset = [section for section in found if section.preset == preset]
-        overview = maker.overview(preset, of_preset)
-        chapters += [overview] if overview.shown else []
-    runs = _attempt("table of runs", partial(run_table, results), maker.gaps, maker.failures)
+        anchor = slug("papers", preset)
+        plan.add(anchor, OVERVIEWS, of_preset, anchor, f"The papers' tables, {preset}:")
+    plan.jobs.append(
+        partial(produce, "table of runs", "runs", partial(run_table, results), formats)
+    )
+    plan.places.append("runs")
+    outcomes = do_all(plan.jobs, cores() if len(results.runs) >= MANY_RUNS else 1)
+
+    shown: dict[str, list[Shown]] = {place: [] for place in plan.places}
+    out = _Writer(Path(to))
+    for place, outcome in zip(plan.places, outcomes, strict=True):
+        shown[place] += [outcome.shown] if outcome.shown else []
+        for name, content in outcome.files.items():
+            out.write(name, content)
+    chapters = [_chapter(section, shown[section_anchor(section)]) for section in found]
+    overviews = [_overview(preset, shown[slug("papers", preset)]) for preset in presets]
     page = _template().render(
-        chapters=chapters,
+        chapters=chapters + [overview for overview in overviews if overview.shown],
         banners=_banners(found),
-        runs=_show_table(runs, "runs", formats, maker.out) if runs is not None else None,
+        runs=next(iter(shown["runs"]), None),
         unfinished=_unfinished(found),
         unreadable=[Gap(what=run, why=why) for run, why in results.unreadable.items()],
-        gaps=maker.gaps,
-        failures=maker.failures,
+        gaps=[Gap(what=o.what, why=o.gap) for o in outcomes if o.gap],
+        failures=[Gap(what=o.what, why=o.failure) for o in outcomes if o.failure],
         citations=[str(row.citation) for row in published("sources").itertuples(index=False)],
         refresh=refresh,
     )
-    maker.out.write("index.html", page)
-    maker.out.finish()
-    return maker.out.to / "index.html"
+    out.write("index.html", page.encode())
+    out.finish()
+    return out.to / "index.html"
 
 
 def _template() -> Template:

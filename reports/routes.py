@@ -223,7 +223,7 @@ def modules_difference(section: Section) -> Drawing:
 # Routes ------------------------------------------------------------------------------------------
 
 MAX_PANELS = 3
-MAX_POINTS = 900
+MAX_POINTS = 600
 """Routes of which t-SNE makes one plane."""
 
 
