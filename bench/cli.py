@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from bench.evaluate import Policy
     from bench.speed import Cost
     from bench.sweep import Job, Request
+    from reports import Results
+    from suites.base import VectorEnv
 
 app = typer.Typer(
     name="bench",
@@ -361,25 +364,124 @@ def report(
     to: Annotated[
         Path | None, typer.Option("--to", help="Where to write it; default: OUT/report.")
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="DIR_A DIR_B", help="Two sweeps instead of OUT: B - A."),
+    ] = None,
+    curves: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE.csv",
+            help="Curves of somebody else: columns algorithm, step, success (a rate), and if you "
+            "have them suite, seed, task, return, episodes, preset, steps_per_task. Repeatable.",
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Renew it while runs are in training; Ctrl-C ends.")
+    ] = False,
+    every: Annotated[int, typer.Option("--every", min=1, help="Seconds between renewals.")] = 30,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary on screen.")] = False,
 ) -> None:
     """Write tables, figures and one self-contained index.html from the runs so far.
 
     Example: bench report --out results/runs
+    """  # fmt: skip
+    import reports
+
+    sources = list(compare) if compare else [out]
+    for source in sources:
+        if not source.is_dir():
+            raise WorkError(
+                f"{'--compare' if compare else '--out'} {source}: no such directory; train "
+                "something first (bench run --help)"
+            )
+    place = to or (Path("results/comparison") if compare else out / "report")
+    while True:
+        seen = _last_change(sources)
+        results = _results(sources, curves or [], named=compare is not None)
+        waiting = watch and bool(results.runs["state"].isin(["running", "pending"]).any())
+        try:
+            page = reports.build(results, place, refresh=every if waiting else None)
+        except OSError as error:
+            raise WorkError(f"cannot write the report: {error}") from None
+        if not waiting:
+            break
+        print(f"{time.strftime('%H:%M:%S')} {page}", flush=True)
+        while _last_change(sources) == seen:
+            time.sleep(every)
+        time.sleep(every)
+    if not quiet:
+        _console().print(reports.summary(results))
+    print(page)
+
+
+def _results(sources: list[Path], curves: list[Path], *, named: bool = False) -> Results:
+    """All runs below the directories, and imported curves; ``named`` tells the directories apart.
+
+    Warns of what cannot be read.
     """
     import reports
     from bench import frames
 
+    results = reports.Results()
+    names = _names_apart(sources)
+    for source, name in zip(sources, names, strict=True):
+        found = reports.Results(**frames.load(source))
+        for run, why in found.unreadable.items():
+            print(f"warning: skipping {run}: {why}", file=sys.stderr)
+        results += found.named(name) if named else found
+    for path in curves:
+        try:
+            results += reports.read_curves(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--import {error}") from None
+    return results
+
+
+def _names_apart(sources: list[Path]) -> list[str]:
+    """Each directory by as much of its path's end as tells it apart."""
+    parts = [source.resolve().parts for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("--compare: both directories are the same")
+
+
+def _last_change(sources: list[Path]) -> float:
+    """When the newest status or metrics below the directories were written."""
+    files = [f for s in sources for name in ("status.json", "metrics.csv") for f in s.rglob(name)]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+@app.command()
+def export(
+    format_: Annotated[
+        str, typer.Option("--format", help="csv, parquet, marl-eval (JSON) or latex.")
+    ] = "csv",
+    out: Out = DEFAULT_OUT,
+    to: Annotated[Path | None, typer.Option("--to", help="A folder; default: OUT/export.")] = None,
+) -> None:
+    """Write the results for other programs: tidy tables, booktabs, or MARL-eval's JSON.
+
+    Example: bench export --format marl-eval --out results/runs
+    """
+    import reports
+    from suites.base import unknown
+
+    if format_ not in reports.EXPORTS:
+        raise UsageError(unknown("format", format_, reports.EXPORTS))
     if not out.is_dir():
         raise WorkError(f"--out {out}: no such directory; train something first (bench run --help)")
-    results = reports.Results(**frames.load(out))
     try:
-        page = reports.build(results, to or out / "report")
-    except OSError as error:
-        raise WorkError(f"cannot write the report: {error}") from None
-    if not quiet:
-        _console().print(reports.summary(results))
-    print(page)
+        paths = reports.export(_results([out], []), to or out / "export", format_)
+    except ImportError as error:
+        raise WorkError(f"{format_} needs pyarrow (pip install pyarrow): {error}") from None
+    except (OSError, reports.MissingError) as error:
+        raise WorkError(f"cannot export: {error}") from None
+    for path in paths:
+        print(path)
 
 
 @app.command()
@@ -437,10 +539,20 @@ def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
 @app.command("eval")
 def eval_(
     run: Annotated[str, typer.Argument(help="A run's directory, or a part of its path below OUT.")],
+    film: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="With --video: all tasks in one film (.gif, .webp or .mp4)."
+        ),
+    ] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Episodes per task.")] = 100,
     policy: Annotated[
         str, typer.Option("--policy", help="agent (the run's newest checkpoint), expert or random.")
     ] = "agent",
+    video: Annotated[
+        bool,
+        typer.Option("--video", help="Film an episode of each task, into the run for the report."),
+    ] = False,
     out: Out = DEFAULT_OUT,
     device: Device = "auto",
     json: Json = False,
@@ -448,9 +560,15 @@ def eval_(
     """Evaluate a run's newest checkpoint, or a reference policy on the same episodes.
 
     Example: bench eval mt10_rand/mega/0 --episodes 100
+
+    Example: bench eval mt10_rand/mega/0 --video, or --video policy.gif
     """
+    if film is not None and not video:
+        raise UsageError(f"{film}: a file is for --video")
+    if video:
+        _prepare_video(film)
     from bench import machine, references
-    from bench.evaluate import Policy, episodes_needed, evaluate
+    from bench.evaluate import episodes_needed, evaluate
     from bench.store import StoreError, open_run
     from suites.base import unknown
 
@@ -481,6 +599,12 @@ def eval_(
     outcome = evaluate(
         act, suite.make(seed=spec.seed, autoreset=False), count, spec.protocol.eval_seed
     )
+    if video and film is None and policy not in ("agent", spec.algorithm):
+        raise UsageError(f"--video of {policy}: name a FILE, the run keeps its own policy's clips")
+    if video:
+        filmed = suite.make(seed=spec.seed, autoreset=False)
+        for path in _film(act, filmed, spec.protocol.eval_seed, store.path, film):
+            print(path, file=sys.stderr)
     rows: list[dict[str, Any]] = [
         {
             "task": task, "successes": int(outcome.success[i].sum()), "episodes": count,
@@ -498,6 +622,45 @@ def eval_(
         [[r["task"], f"{r['successes']}/{r['episodes']}", f"{r['return']:.1f}"] for r in rows],
     )
     print(f"mean success {outcome.success.mean():.3f} at step {step:,} per task")
+
+
+def _prepare_video(file: Path | None) -> None:
+    """Choose a renderer before anything imports MuJoCo."""
+    from bench import video
+    from suites.base import RenderError
+
+    try:
+        if file is not None:
+            video.check_format(file)
+        video.choose_backend()
+    except RenderError as error:
+        raise WorkError(str(error)) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _film(
+    policy: Policy, envs: VectorEnv, seed: int, run: Path, together: Path | None
+) -> list[Path]:
+    """Film the policy: all tasks into the file ``together``, or a clip per task into the run."""
+    from bench import video
+    from bench.frames import VIDEO
+    from suites.base import RenderError
+
+    try:
+        films = video.film(policy, envs, seed)
+    except RenderError as error:
+        raise WorkError(str(error)) from None
+    finally:
+        envs.close()
+    if together is not None:
+        clips = {together: video.mosaic(films)}
+    else:
+        names = [run / VIDEO / f"{task}.webp" for task in envs.spec.task_names]
+        clips = dict(zip(names, films, strict=True))
+    for path, pictures in clips.items():
+        video.write(pictures, path)
+    return list(clips)
 
 
 # ------------------------------------------------------------------------------------- looking

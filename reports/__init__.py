@@ -1,14 +1,51 @@
 """The evidence: frames in; tables, figures and one HTML page out.
 
->>> from reports import Results, build, summary
->>> build(Results(runs=..., metrics=..., timing=..., probes=..., traces=...), Path("report"))
+In a notebook, where tables and figures show themselves:
 
-Knows nothing of algorithms, suites or torch. A table or figure is one registered function in
-``reports.tables`` or ``reports.figures``.
+>>> from bench import results
+>>> from reports import FIGURES, TABLES, sections
+>>> section = sections(results("results/runs"))[0]  # the runs of one suite at one scale
+>>> TABLES["success_rates"](section)
+>>> FIGURES["learning_curves"](section)
+>>> section.scores("mega")  # final success, seeds x tasks
+
+A table's or figure's ``data`` holds its numbers, ``list(FIGURES)`` names them all, and ``build``
+writes the page. Knows nothing of algorithms, suites or torch: a table or figure is one registered
+function of frames.
 """
 
-from reports.frames import Results, published
+from reports.export import EXPORTS, export
+from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
+from reports.frames import (
+    Ablation,
+    MissingError,
+    Results,
+    Section,
+    published,
+    read_curves,
+    sections,
+)
 from reports.html import build
-from reports.tables import summary
+from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, Table, comparisons, summary
 
-__all__ = ["Results", "build", "published", "summary"]
+__all__ = [
+    "ABLATION_FIGURES",
+    "ABLATION_TABLES",
+    "EXPORTS",
+    "FIGURES",
+    "OVERVIEWS",
+    "TABLES",
+    "Ablation",
+    "Drawing",
+    "MissingError",
+    "Results",
+    "Section",
+    "Table",
+    "build",
+    "comparisons",
+    "export",
+    "published",
+    "read_curves",
+    "sections",
+    "summary",
+]

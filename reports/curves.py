@@ -149,7 +149,7 @@ def ablation_curves(ablation: Ablation) -> Drawing:
     return _mean_curves(
         ablation.section,
         list(ablation.labels),
-        f"Ablation {ablation.name}",
+        f"Ablation {ablation.name}: curves",
         f"{ablation.description} ({ablation.paper}). {_MEAN_SUCCESS}",
     )
 
@@ -168,14 +168,15 @@ def sample_efficiency(section: Section) -> Drawing:
     axes = made.subplots()
     points = []
     for label in section.labels:
-        cube = (
-            rows[rows["label"] == label]
-            .pivot_table(index="run", columns=["step", "task"], values="value")
-            .dropna(axis="columns")
-        )
+        of_label = rows[rows["label"] == label]
+        if of_label.empty:
+            continue
+        cube = of_label.pivot_table(index="run", columns=["step", "task"], values="value")
+        cube = cube.dropna(axis="columns")
         steps = np.unique(cube.columns.get_level_values("step"))
-        steps = steps[np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))]
-        for step in steps if len(cube) else ():
+        if len(steps) > MAX_POINTS:
+            steps = steps[np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int)]
+        for step in steps:
             estimate = stats.stratified_interval(
                 cube[step].to_numpy(),
                 stats.interquartile_mean,

@@ -223,14 +223,19 @@ def task_name(name: str, limit: int = 26) -> str:
     return short(name.removesuffix("-v3").removesuffix("-v2"), limit)
 
 
+def grid_columns(section: Section) -> int:
+    """Panels per row in a grid of the section's tasks."""
+    return min(len(section.tasks), 5 if len(section.tasks) <= 25 else 8)
+
+
 def task_grid(
-    section: Section, cell: float, columns: int = 5, share_y: bool = True
+    section: Section, cell: float, share_y: bool = True
 ) -> tuple[Figure, list[tuple[int, str, Axes]]]:
     """A figure with a titled panel per task, ``cell`` inches high each: index, task, axes."""
     tasks = section.tasks
     if not tasks:
         raise MissingError("no evaluation has named the tasks yet")
-    columns = min(len(tasks), columns if len(tasks) <= 25 else 8)
+    columns = grid_columns(section)
     rows = -(-len(tasks) // columns)
     dense = columns > 5
     made = new_figure(height=0.85 + (0.85 if dense else 1) * cell * rows)
@@ -253,7 +258,7 @@ def panels(
 ) -> tuple[Figure, list[tuple[int, str, Axes]]]:
     """Small multiples, one panel per task over environment steps."""
     made, cells = task_grid(section, cell=1.3, share_y=share_y)
-    columns = cells[0][2].get_gridspec().ncols
+    columns = grid_columns(section)
     for index, _, axes in cells:
         steps_axis(axes, label="", ticks=3)
         if index + columns >= len(cells):

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from reports.drawing import (
+    FEW_POINTS,
     MARKERS,
     STEPS,
     Drawing,
@@ -174,16 +175,16 @@ def genetic_cost(section: Section) -> Drawing:
     left, right = made.subplots(1, 2)
     labels = [label for label in section.labels if label in set(spent["label"])]
     for axes, column in ((left, "share"), (right, "per_generation")):
-        for (label, _, finished), run in spent.groupby(["label", "run", "finished"]):
+        for (label, _, finished), of_run in spent.groupby(["label", "run", "finished"]):
             look = styles[str(label)]
             axes.plot(
-                run["step"],
-                run[column],
+                of_run["step"],
+                of_run[column],
                 color=look.colour,
                 linestyle=look.dash if finished else ":",
                 linewidth=1.1,
                 alpha=0.85,
-                marker="." if len(run) < 8 else None,
+                marker="." if len(of_run) < FEW_POINTS else None,
             )
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)

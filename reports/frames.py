@@ -7,6 +7,7 @@ labels that say what differs.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -188,7 +189,7 @@ def read_curves(path: Path) -> Results:
         raise ValueError(
             f"{path}: column {lacking[0]!r} is missing; needed are {', '.join(CURVE_COLUMNS)}"
         )
-    defaults = {
+    defaults: dict[str, Any] = {
         "suite": "unknown",
         "seed": 0,
         "task": "all",
@@ -260,6 +261,15 @@ def text(value: object) -> str:
     if isinstance(value, (list, tuple, np.ndarray)):
         return ", ".join(text(item) for item in value)
     return str(value)
+
+
+def slug(*names: str) -> str:
+    """A file name and anchor for any words, unique and short also for strange ones."""
+    words = "-".join(names)
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", words).strip("-").lower()
+    if plain == words.lower() and len(plain) <= 100:
+        return plain
+    return f"{plain[:90]}-{zlib.crc32(words.encode()):08x}"
 
 
 def order_key(label: str) -> tuple[int, str]:
@@ -338,6 +348,11 @@ class Section:
     def title(self) -> str:
         """Suite and scale, as the heading has it."""
         return f"{self.suite} · {self.preset} · {self.steps_per_task:,} steps per task"
+
+    @property
+    def anchor(self) -> str:
+        """Where a page has the section, and how the names of its files begin."""
+        return slug(self.suite, self.preset, str(self.steps_per_task))
 
     @cached_property
     def labels(self) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
-from reports.frames import Results, Section, published, sections, text
+from reports.frames import Results, Section, published, sections, slug, text
 from reports.making import FORMATS, Job, Shown, cores, data_uri, do_all, produce
 from reports.registry import Source
 from reports.tables import (
@@ -77,15 +76,6 @@ class Gap:
 
     what: str
     why: str
-
-
-def slug(*names: str) -> str:
-    """A file name and anchor for any words, unique and short also for strange ones."""
-    words = "-".join(names)
-    plain = re.sub(r"[^A-Za-z0-9_]+", "-", words).strip("-").lower()
-    if plain == words.lower() and len(plain) <= 100:
-        return plain
-    return f"{plain[:90]}-{zlib.crc32(words.encode()):08x}"
 
 
 class _Writer:
@@ -249,7 +239,7 @@ class _Plan:
 
     def add_section(self, section: Section) -> None:
         """All about one suite at one scale."""
-        anchor = section_anchor(section)
+        anchor = section.anchor
         self.add(anchor, TABLES, section, anchor, f"{section.title}: table")
         self.add(anchor, FIGURES, section, anchor, f"{section.title}: figure")
         for ablation in section.ablations:
@@ -259,14 +249,9 @@ class _Plan:
             self.add(anchor, ABLATION_FIGURES, ablation, f"{place}-curves", f"{where} figure")
 
 
-def section_anchor(section: Section) -> str:
-    """Where the page has the section, and how its files begin."""
-    return slug(section.suite, section.preset, str(section.steps_per_task))
-
-
 def _chapter(section: Section, shown: list[Shown]) -> Chapter:
     return Chapter(
-        anchor=section_anchor(section),
+        anchor=section.anchor,
         title=section.title,
         lead=f"{section.missing[0].upper()}{section.missing[1:]}.",
         warnings=(*setting_warnings(section), *_mixed(section)),
@@ -326,7 +311,7 @@ def build(
         shown[place] += [outcome.shown] if outcome.shown else []
         for name, content in outcome.files.items():
             out.write(name, content)
-    chapters = [_chapter(section, shown[section_anchor(section)]) for section in found]
+    chapters = [_chapter(section, shown[section.anchor]) for section in found]
     overviews = [_overview(preset, shown[slug("papers", preset)]) for preset in presets]
     page = _template().render(
         chapters=chapters + [overview for overview in overviews if overview.shown],

@@ -19,6 +19,7 @@ from reports.drawing import (
     Drawing,
     draw_probe,
     figure,
+    grid_columns,
     legend,
     legend_line,
     map_panels,
@@ -48,7 +49,7 @@ def route_temperature(section: Section) -> Drawing:
     labels, styles = labels_of(runs), section_looks(section)
     success = section.curves("success")
     success = success[success["label"].isin(labels) & success["finished"]]
-    columns = cells[0][2].get_gridspec().ncols
+    columns = grid_columns(section)
     for index, task, axes in cells:
         axes.yaxis.set_major_locator(MaxNLocator(3))
         other = axes.twinx()

@@ -327,7 +327,7 @@ def area(section: Section) -> Table:
     def cell(task: str, label: str) -> str:
         if (task, label) not in cells.index:
             return ABSENT
-        mean, std = cells.loc[(task, label)]
+        mean, std = cells.loc[[(task, label)]].to_numpy(dtype=float)[0]
         return f"{mean:,.0f} ± {std:,.0f}" if np.isfinite(std) else f"{mean:,.0f}"
 
     return Table(
@@ -545,7 +545,7 @@ def ablation_table(ablation: Ablation) -> Table:
             )
         )
     return Table(
-        title=f"Ablation {ablation.name}: {ablation.description}",
+        title=f"Ablation {ablation.name}",
         columns=(
             "Variant",
             "Mean ± std",
@@ -562,7 +562,7 @@ def ablation_table(ablation: Ablation) -> Table:
         rows=rows,
         data=_comparison_data(section, list(compared.values())),
         warnings=setting_warnings(section),
-        caption=section.caption(f"{ablation.paper}. {_JUDGED}", scored),
+        caption=section.caption(f"{ablation.description} ({ablation.paper}). {_JUDGED}", scored),
     )
 
 
@@ -675,7 +675,7 @@ def capacity(section: Section) -> Table:
             "Published: parameters",
         ),
         rows=rows,
-        data=printed.reset_index().assign(ours_parameters=[size.get(n) for n in printed.index]),
+        data=printed.reset_index().assign(ours=[size.get(n, np.nan) for n in printed.index]),
         caption=section.caption(
             "Mean success rate ± sample standard deviation over seeds; parameters of actor and one "
             "critic relative to soft_module's. Published: Soft Modularization Table 2, MT50 with "
@@ -818,7 +818,7 @@ def health(section: Section) -> Table:
             "Verdicts on training, not on results, from what every run recorded of itself; the "
             "table shows one of the worst runs of each check, its data has all."
         ),
-        details=bool((found["result"] == "good").all()),
+        details=not (found["result"] == "bad").any(),
     )
 
 
@@ -959,7 +959,7 @@ def summary(results: Results) -> RenderableType:
         except MissingError as reason:
             parts.append(Text(f"{section.title}\n{reason}", style="yellow"))
             continue
-        wanted = [0, 1, 2, 3, 4, 7, 8]
+        wanted = [0, 1, 2, 3, 4, *range(7, len(source.columns))]
         for position in wanted:
             grid.add_column(
                 source.columns[position].replace(": ", "\n"),

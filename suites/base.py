@@ -68,6 +68,10 @@ class SimulatorError(RuntimeError):
     """A simulator raised or a worker died; the message names the task and its seed."""
 
 
+class RenderError(RuntimeError):
+    """No picture can be had; the message says why and what would help."""
+
+
 class VectorEnv(ABC):
     """T x E environments stepped in lockstep, each with a generator of its own."""
 
@@ -99,6 +103,13 @@ class VectorEnv(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
         """Restart the episodes that `state_dict` saw; their first observations (T, E, O)."""
+
+    def render(self) -> np.ndarray:
+        """Pictures (T, H, W, 3) uint8 of each task's first environment as it stands.
+
+        Raises RenderError where none can be had.
+        """
+        raise RenderError(f"{self.spec.name} has no pictures")
 
     def close(self) -> None:  # noqa: B027  (most suites have nothing to release)
         """Release worker processes and simulators; safe to call twice."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from suites.base import Episode, SimulatorError, Step, SuiteSpec, VectorEnv
+from suites.base import Episode, RenderError, SimulatorError, Step, SuiteSpec, VectorEnv
 
 _CLOSE_SECONDS = 5.0
 _IDLE = -1
@@ -87,6 +87,10 @@ class Shard(ABC):
     def restart(self, states: dict[int, dict[str, Any]]) -> None:
         """Begin the episodes of ``states`` (row -> state)."""
 
+    def render(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
+        """Pictures (H, W, 3) uint8 of those of the rows that are the shard's."""
+        raise RenderError("this suite has no pictures")
+
     def close(self) -> None:  # noqa: B027  (most shards have nothing to release)
         """Release what the shard holds."""
 
@@ -109,6 +113,10 @@ class Simulator(ABC):
     @abstractmethod
     def restart(self, state: dict[str, Any]) -> np.ndarray:
         """Begin the episode during which `state` was called; returns the observation (O,)."""
+
+    def render(self) -> np.ndarray:
+        """A picture (H, W, 3) uint8 of the simulator as it stands."""
+        raise RenderError("this simulator has no pictures")
 
     def close(self) -> None:  # noqa: B027  (most simulators have nothing to release)
         """Release what the simulator holds."""
@@ -168,6 +176,10 @@ class SimulatorShard(Shard):
             self._arrays.obs[row] = self._simulators[row].restart(states[row])
 
         self._each(self._simulators, start)
+
+    def render(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
+        """One after the other."""
+        return {row: self._simulators[row].render() for row in rows if row in self._simulators}
 
     def close(self) -> None:
         """Close all simulators."""
@@ -368,6 +380,14 @@ class LockstepEnv(VectorEnv):
         self._clock = None
         self._call("restart", dict(enumerate(state["environments"])))
         return self._begin()
+
+    def render(self) -> np.ndarray:
+        """See `VectorEnv.render`."""
+        first = [task * self.envs_per_task for task in range(self.spec.num_tasks)]
+        pictures: dict[int, np.ndarray] = {}
+        for some in self._call("render", first):
+            pictures |= some
+        return np.stack([pictures[row] for row in first])
 
     def close(self) -> None:
         """See `VectorEnv.close`."""

@@ -29,7 +29,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.policies import ENV_POLICY_MAP
 
 from suites import names
-from suites.base import Suite, SuiteSpec, VectorEnv, stream, unknown
+from suites.base import RenderError, Suite, SuiteSpec, VectorEnv, stream, unknown
 from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
 from suites.sawyer import SwiftSawyer
 
@@ -38,6 +38,7 @@ BENCHMARK_SEED = 0
 
 _BENCHMARKS = {"10": MT10_V3, "25": MT25_V3, "50": MT50_V3}
 _GOALS_PER_TASK = 50
+_CAMERA, _PICTURE = "corner", (240, 320)
 
 
 def load(name: str, *, goals: str, reward_version: str, horizon: int) -> MetaWorld:
@@ -160,6 +161,7 @@ class _Sawyer(Simulator):
         env._freeze_rand_vec = positions is not None
         self._swift = SwiftSawyer(env)
         self._state: dict[str, Any] = {}
+        self._renderer: Any = None
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start an episode. Among K positions the seed's is the one numbered ``seed % K``."""
@@ -190,8 +192,17 @@ class _Sawyer(Simulator):
         self._generator.bit_generator.state = state["generator"]
         return self._begin(state["choice"])
 
+    def render(self) -> np.ndarray:
+        """The table from the corner. The renderer of EGL or OSMesa is made once."""
+        if self._renderer is None:
+            self._renderer = offscreen(self._env.model)
+        self._renderer.update_scene(self._env.data, camera=_CAMERA)
+        return np.asarray(self._renderer.render())
+
     def close(self) -> None:
         """Close metaworld's environment."""
+        if self._renderer is not None:
+            self._renderer.close()
         self._env.close()
 
     def draw(self, generator: Any, count: int) -> np.ndarray:
@@ -230,6 +241,19 @@ class _Sawyer(Simulator):
             self._env.init_tcp = self._env.tcp_center
         else:
             self._settle_hand(steps)
+
+
+def offscreen(model: Any) -> Any:
+    """MuJoCo's renderer of ``model`` without a screen.
+
+    Raises RenderError where neither EGL nor OSMesa can be used.
+    """
+    try:
+        import mujoco
+
+        return mujoco.Renderer(model, *_PICTURE)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise RenderError(f"MuJoCo cannot render: {type(error).__name__}: {error}") from None
 
 
 def benchmark_positions(task: str) -> np.ndarray:

@@ -29,6 +29,8 @@ _START = 0.1
 _RING = (0.5, 0.9)
 """Least and largest distance of a goal from the origin."""
 _MAX_TASKS = 500
+_PIXELS = 96
+"""Side of a picture."""
 
 
 def load(name: str, *, goals: str, reward_version: str, horizon: int) -> Toy:
@@ -144,6 +146,20 @@ class _Points(Shard):
         for row, generator in zip(self._rows, self._generators, strict=True):
             generator.bit_generator.state = states[row]
         self.reset(None)
+
+    def render(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
+        """The plane from above: the goal as a disc, the point dark."""
+        grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, _PIXELS)] * 2), axis=-1)
+        pictures = {}
+        for place, row in enumerate(self._rows):
+            if row not in rows:
+                continue
+            picture = np.full((_PIXELS, _PIXELS, 3), 245, np.uint8)
+            aim = self._side[place] * self._goal[place]
+            picture[np.linalg.norm(grid - aim, axis=-1) < _RADIUS] = (120, 190, 120)
+            picture[np.linalg.norm(grid - self._position[place], axis=-1) < 0.05] = (30, 30, 30)
+            pictures[row] = picture
+        return pictures
 
     def _observe(self, out: np.ndarray) -> None:
         """Position at 0:2 and goal at 36:38, where Meta-World has them; the rest is zero."""

@@ -1,8 +1,4 @@
-"""The reports: statistics against hand-worked numbers, pages from anything.
-
-The frames here are made up by a seeded generator; they exercise the reporting code and stand for
-no result.
-"""
+"""The reports: statistics against hand-worked numbers, pages from anything."""
 
 from __future__ import annotations
 
@@ -12,190 +8,27 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from made_results import MT10, _genotypes, make_results, without_curves
 from rich.console import Console
 
 from reports import Results, build, published, stats, summary
 from reports.drawing import figure, looks
-from reports.figures import FIGURES
+from reports.figures import ABLATION_FIGURES, FIGURES
 from reports.frames import MissingError, sections
 from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
-from reports.tables import TABLES, comparisons, setting_warnings, table, to_latex, to_markdown
-
-MT10 = (
-    "reach-v3",
-    "push-v3",
-    "pick-place-v3",
-    "door-open-v3",
-    "drawer-open-v3",
-    "drawer-close-v3",
-    "button-press-topdown-v3",
-    "peg-insert-side-v3",
-    "window-open-v3",
-    "window-close-v3",
-)
-CAUSES = np.array(["no progress", "unsolved"])
-
-
-def _genotypes(
-    rng: np.random.Generator, stage: np.ndarray, population: int, precision: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Padded populations around a centre per task, and their lengths."""
-    lengths = (stage + 1) * (stage + 2) // 2 * precision
-    out = np.full((len(stage), population, int(lengths.max())), -1, dtype=np.int8)
-    for task, length in enumerate(lengths):
-        centre = np.random.default_rng(task).integers(2, size=length)
-        flips = rng.random((population, length)) < 0.12
-        out[task, :, :length] = centre ^ flips
-    return out, np.repeat(lengths[:, None], population, axis=1)
-
-
-def _mega_probes(rng: np.random.Generator, steps: np.ndarray, tasks: int) -> list[Any]:
-    stage = np.full(tasks, 3)
-    events: list[list[int]] = []
-    levels = np.array([[k, 0.1 / k, 1 - 0.1 / k, 0.001 / k, 1.0] for k in range(1, 40)])
-    snapshots = []
-    for step in steps:
-        if step > 0:
-            for task in np.flatnonzero(rng.random(tasks) < np.linspace(0, 0.2, tasks)):
-                events.append([step, task, stage[task], stage[task] + 1, int(rng.integers(2))])
-                stage[task] += 1
-        genotypes, lengths = _genotypes(rng, stage, 3, 2)
-        snapshots.append(
-            (
-                int(step),
-                {
-                    "stage": stage.copy(),
-                    "stage_events": np.array(events, dtype=int).reshape(-1, 5),
-                    "cause_names": CAUSES,
-                    "genotypes": genotypes,
-                    "lengths": lengths,
-                    "modules_used": stage - rng.random(tasks),
-                    "weight_intervals": levels[: stage.max() + 1],  # it grows
-                    "precision": np.array(2),
-                },
-            )
-        )
-    return snapshots
-
-
-def make_results(
-    algorithms: tuple[str, ...] = ("mega", "d2r", "mt_sac"),
-    seeds: int = 5,
-    suite: str = "mt10_rand",
-    tasks: tuple[str, ...] = MT10[::3],
-    preset: str = "cpu",
-    steps_per_task: int = 100_000,
-    states: dict[tuple[str, int], str] | None = None,
-) -> Results:
-    """Plausible frames of every kind that the store hands over."""
-    steps = np.linspace(0, steps_per_task, 11).astype(int)
-    runs, metrics, timing = [], [], []
-    health: list[dict[str, str]] = []
-    probes: dict[str, Any] = {}
-    traces: dict[str, Any] = {}
-    for a, algorithm in enumerate(algorithms):
-        for seed in range(seeds):
-            rng = np.random.default_rng([a, seed])
-            run = f"{suite}/{algorithm}/{seed}-{a:02x}"
-            state = (states or {}).get((algorithm, seed), "done")
-            key = {"run": run, "suite": suite, "algorithm": algorithm, "seed": seed}
-            seen = steps if state == "done" else steps[: 0 if state in ("pending",) else 6]
-            reached = int(seen[-1]) if len(seen) else 0
-            error = "Traceback:\n  x\nFloatingPointError: critic loss is NaN in task push-v3"
-            runs.append(
-                key
-                | {
-                    "state": state,
-                    "preset": preset,
-                    "step": reached,
-                    "steps_per_task": steps_per_task,
-                    "parameters_actor": 488_392 + 1000 * a,
-                    "parameters_critic": 684_947,
-                    "seconds": 3000.0 + 100 * seed,
-                    "updates_per_second": 30.0,
-                    "error": error if state == "failed" else "",
-                    "protocol.horizon": 200,
-                    "protocol.eval_episodes": 10,
-                    "config.gamma": 0.99,
-                    "config.actor_lr": 1e-3,
-                    "hardware.cpu": "AMD EPYC",
-                    "versions.torch": "2.13.0",
-                }
-            )
-            skill = np.clip(np.linspace(0.95, -0.3, len(tasks)) + 0.12 * (1 - a), 0, 1)
-            for step in seen:
-                grown = skill * (1 - np.exp(-3.5 * step / steps_per_task))
-                kinds = [("eval", 10)]
-                if step == steps[-1] and state == "done":
-                    kinds.append(("final", 50))
-                for kind, episodes in kinds:
-                    for task, rate in zip(tasks, grown, strict=True):
-                        level = np.clip(rate + 0.07 * rng.standard_normal(), 0, 1)
-                        row = key | {"step": int(step), "kind": kind, "task": task}
-                        wins = round(float(level) * episodes)
-                        metrics.append(
-                            row | {"metric": "success", "value": wins, "count": episodes}
-                        )
-                        mean = 1500 * float(level) + 50 * rng.random()
-                        metrics.append(row | {"metric": "return", "value": mean, "count": episodes})
-                parts = {
-                    "simulator": 0.3,
-                    "update": 0.5,
-                    "act": 0.08,
-                    "evaluation": 0.07,
-                    "checkpoint": 0.01,
-                    "genetic": 0.005 if algorithm.startswith("mega") else 0.0,
-                    "total": 1.0,
-                }
-                timing += [
-                    key | {"step": int(step), "section": name, "seconds": share * step * 0.03}
-                    for name, share in parts.items()
-                ]
-            if algorithm.startswith("mega"):
-                probes[run] = _mega_probes(rng, seen, len(tasks))
-                result, words = ("bad", "collapsed") if seed == 1 else ("good", "lively")
-                health.append(
-                    {"run": run, "check": "population", "result": result, "verdict": words}
-                    | {"advice": "breed more" if seed == 1 else ""}
-                )
-            elif algorithm.startswith("d2r"):
-                probes[run] = [
-                    (int(s), {"route_temperature": 1 + rng.random(len(tasks)) * s / 1e5})
-                    for s in seen
-                ]
-                traces[run] = {"modules_used": rng.integers(4, 14, (len(tasks), 8))}
-    for name, rate in (("expert", 1.0), ("random", 0.02)):
-        metrics += [
-            {"run": f"{suite}/{name}", "suite": suite, "algorithm": name, "seed": 0, "step": 0}
-            | {"kind": "reference", "task": task, "metric": "success"}
-            | {"value": round(rate * 50), "count": 50}
-            for task in tasks
-        ]
-    return Results(
-        runs=pd.DataFrame(runs),
-        metrics=pd.DataFrame(metrics),
-        timing=pd.DataFrame(timing),
-        health=pd.DataFrame(health),
-        probes=probes,
-        traces=traces,
-    )
+from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, comparisons, setting_warnings, table
+from reports.writers import to_latex, to_markdown
 
 
 @pytest.fixture(scope="module")
 def results() -> Results:
     states = {("mt_sac", 3): "running", ("mt_sac", 4): "failed"}
-    return make_results(tasks=MT10, states=states)
-
-
-def without_curves(results: Results) -> Results:
-    """The same without evaluations during training: quick to draw."""
-    kept = results.metrics[results.metrics["kind"] != "eval"]
-    return replace(results, metrics=kept, probes={}, traces={})
+    algorithms = ("mega", "mega@softmax", "d2r", "soft_module", "mt_sac")
+    return make_results(algorithms, tasks=MT10, states=states)
 
 
 @pytest.fixture(scope="module")
@@ -385,11 +218,19 @@ def test_success_is_successes_over_episodes_per_task_then_per_seed() -> None:
 def test_success_table_sets_ours_beside_the_published_values(results: Results) -> None:
     (section,) = sections(results)
     made = TABLES["success_rates"](section)
-    assert [row[0] for row in made.rows] == ["mega", "d2r", "mt_sac"]
-    assert made.rows[0][-2:] == ("0.82 ± 0.05", "–")
-    assert made.rows[1][-2:] == ("0.77 ± 0.05", "0.86 ± 0.05")
+    rows = {row[0]: row for row in made.rows}
+    assert list(rows) == ["mega", "mega@softmax", "d2r", "soft_module", "mt_sac"]
+    assert made.columns[-3:] == (
+        "Published: MEGA Table 1",
+        "Published: D2R Table 8",
+        "Published: Soft Modularization Table 1",
+    )
+    assert rows["mega"][-3:] == ("0.82 ± 0.05", "–", "–")
+    assert rows["d2r"][-3:] == ("0.77 ± 0.05", "0.86 ± 0.05", "–")
+    assert rows["mt_sac"][-3:] == ("0.55 ± 0.07", "0.51 ± 0.08", "0.43")
+    assert "horizon 150" in made.caption
     assert made.rows[0][6] == "cpu, 100,000"
-    assert "2 of 15 runs missing (1 failed, 1 running)" in made.caption
+    assert "2 of 25 runs missing (1 failed, 1 running)" in made.caption
     assert "50 episodes" in made.caption
     assert "not the papers' scale" in made.caption
     assert made.data.loc[0, "seeds"] == 5
@@ -407,7 +248,11 @@ def test_task_table_ends_with_the_mean_and_holds_the_references(results: Results
 def test_comparison_says_what_the_interval_supports(results: Results) -> None:
     (section,) = sections(results)
     found = {c.other: c for c in comparisons(section)}
-    assert set(found) == {"d2r", "mt_sac"}
+    assert set(found) == {"mega@softmax", "d2r", "soft_module", "mt_sac"}
+    low, high = found["mt_sac"].difference.estimate[1:]
+    sentence = f"mega − mt_sac on mt10_rand: {found['mt_sac'].difference.estimate.value:+.2f} "
+    sentence += f"[{low:.2f}, {high:.2f}], 5 and 3 seeds: separated: mega is better"
+    assert found["mt_sac"].sentence == sentence
     assert found["mt_sac"].verdict == "separated: mega is better"
     assert found["mt_sac"].seeds == (5, 3)
     (two,) = sections(make_results(("mega", "d2r"), seeds=2))
@@ -442,10 +287,10 @@ def test_compute_reads_the_last_row_of_the_last_step() -> None:
 def test_health_shows_the_worst_run_of_each_check(results: Results) -> None:
     (section,) = sections(results)
     shown = TABLES["health"](section)
-    assert shown.rows == [
+    assert shown.rows[0] == (
         ("mega", "population", "1 bad, 4 good", "seed 1: collapsed", "breed more")
-    ]
-    assert len(shown.data) == 5
+    )
+    assert len(shown.data) == 10
     assert not shown.details
 
 
@@ -534,7 +379,8 @@ def test_page_holds_everything_and_needs_no_network(page: Path) -> None:
     text = page.read_text()
     assert page.name == "index.html"
     assert "could not be made because of an error" not in text.lower()
-    assert text.count("<img ") == len(FIGURES)
+    # Every figure, that of the ablation, and the enlarged one.
+    assert text.count("<img ") == len(FIGURES) + len(ABLATION_FIGURES) + 1
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", text)
     assert "http" not in re.sub(r"data:[^\"]+", "", text)
     assert "Reduced scale" in text
@@ -542,7 +388,7 @@ def test_page_holds_everything_and_needs_no_network(page: Path) -> None:
     assert "FloatingPointError: critic loss is NaN in task push-v3" in text
     assert "mt_sac / seed 3" in text
     assert len(text) < 8_000_000
-    for name in TABLES:
+    for name in {*TABLES, *ABLATION_TABLES, *OVERVIEWS} - {"capacity"}:
         assert list((page.parent / "tables").glob(f"*-{name}.tex")), name
     for name in FIGURES:
         for kind in ("png", "svg", "csv"):
