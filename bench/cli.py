@@ -477,7 +477,8 @@ def export(
     try:
         paths = reports.export(_results([out], []), to or out / "export", format_)
     except ImportError as error:
-        raise WorkError(f"{format_} needs pyarrow (pip install pyarrow): {error}") from None
+        why = str(error).splitlines()[0]
+        raise WorkError(f"{format_} needs pyarrow (pip install pyarrow): {why}") from None
     except (OSError, reports.MissingError) as error:
         raise WorkError(f"cannot export: {error}") from None
     for path in paths:

@@ -202,7 +202,7 @@ def read_curves(path: Path) -> Results:
     rates = pd.to_numeric(frame["success"], errors="coerce")
     if not rates.between(0, 1).all():
         wrong = frame.loc[~rates.between(0, 1), "success"].iloc[0]
-        raise ValueError(f"{path}: success {wrong!r} is no rate between 0 and 1")
+        raise ValueError(f"{path}: success {wrong} is no rate between 0 and 1")
     keys = ["suite", "algorithm", "seed", "preset", "steps_per_task"]
     frame["run"] = [f"{path.name}: " + "/".join(map(str, key)) for key in frame[keys].to_numpy()]
     last = frame["step"] == frame.groupby("run")["step"].transform("max")
@@ -284,8 +284,39 @@ def base_name(label: str) -> str:
     return label.split("[")[0].split("@")[0].strip()
 
 
+def _shortened(algorithms: list[str]) -> dict[str, str]:
+    """``mega[a=1,b=2,c=3]`` by as few of its settings as tell it apart: ``mega[b=2,…]``."""
+    out = {name: name for name in algorithms}
+    families: dict[str, dict[str, dict[str, str]]] = {}
+    for name in out:
+        stem, bracket, settings = name.removesuffix("]").partition("[")
+        if bracket and all("=" in pair for pair in settings.split(",")):
+            pairs = dict(pair.split("=", 1) for pair in settings.split(","))
+            families.setdefault(stem, {})[name] = pairs
+    for stem, family in families.items():
+        keys = list(dict.fromkeys(key for pairs in family.values() for key in pairs))
+        chosen: list[str] = []
+
+        def told_apart(by: list[str], family: dict[str, dict[str, str]] = family) -> int:
+            return len({tuple(pairs.get(key) for key in by) for pairs in family.values()})
+
+        while told_apart(chosen) < len(family) and set(keys) - set(chosen):
+            best = max(keys, key=lambda key: told_apart([*chosen, key]))
+            if told_apart([*chosen, best]) == told_apart(chosen):
+                break
+            chosen.append(best)
+        if told_apart(chosen) < len(family) or len(family) == 1:
+            continue
+        for name, pairs in family.items():
+            shown = [f"{key}={pairs[key]}" for key in keys if key in chosen and key in pairs]
+            more = ["…"] if len(shown) < len(pairs) else []
+            out[name] = f"{stem}[{','.join([*shown, *more])}]"
+    return out
+
+
 def _labels(runs: pd.DataFrame) -> list[str]:
     """Algorithm labels; runs of one algorithm whose settings differ say in which value."""
+    shortened = _shortened(list(runs["algorithm"].unique()))
     settings = [
         str(name)
         for name in runs.columns
@@ -301,7 +332,7 @@ def _labels(runs: pd.DataFrame) -> list[str]:
                 short = name.split(".", 1)[-1]
                 marks.loc[group.index] += [f", {short}={value or '?'}" for value in values]
     return [
-        f"{algorithm} [{mark[2:]}]" if mark else algorithm
+        f"{shortened[algorithm]} [{mark[2:]}]" if mark else shortened[algorithm]
         for algorithm, mark in zip(runs["algorithm"], marks, strict=True)
     ]
 

@@ -193,11 +193,11 @@ class _Sawyer(Simulator):
         return self._begin(state["choice"])
 
     def render(self) -> np.ndarray:
-        """The table from the corner. The renderer of EGL or OSMesa is made once."""
+        """The table from the corner. The camera hangs upside down there; the picture does not."""
         if self._renderer is None:
             self._renderer = offscreen(self._env.model)
         self._renderer.update_scene(self._env.data, camera=_CAMERA)
-        return np.asarray(self._renderer.render())
+        return np.asarray(self._renderer.render())[::-1, ::-1]
 
     def close(self) -> None:
         """Close metaworld's environment."""
