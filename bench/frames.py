@@ -32,12 +32,13 @@ REPORTED = ("eval", "final", "reference")
 """Kinds of metric rows that reports read; ``train`` and ``update`` are many times as many."""
 
 
-def load(out: Path, kinds: Collection[str] = REPORTED) -> Frames:
+def load(out: Path | str, kinds: Collection[str] = REPORTED) -> Frames:
     """All runs below ``out``, with the metric rows of these kinds.
 
     What cannot be read is named under ``unreadable``. Runs of older versions are read as far as
     they are understood.
     """
+    out = Path(out)
     stores = find(out)
     names = [str(store.path.relative_to(out)) for store in stores]
     unreadable: dict[str, str] = {}

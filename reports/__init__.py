@@ -2,16 +2,17 @@
 
 In a notebook, where tables and figures show themselves:
 
->>> from bench import results
->>> from reports import FIGURES, TABLES, sections
->>> section = sections(results("results/runs"))[0]  # the runs of one suite at one scale
+>>> from bench.frames import load
+>>> from reports import FIGURES, TABLES, Results, sections
+>>> results = Results(**load("results/runs"))
+>>> section = sections(results)[0]  # the runs of one suite at one scale
 >>> TABLES["success_rates"](section)
 >>> FIGURES["learning_curves"](section)
 >>> section.scores("mega")  # final success, seeds x tasks
 
 A table's or figure's ``data`` holds its numbers, ``list(FIGURES)`` names them all, and ``build``
-writes the page. Knows nothing of algorithms, suites or torch: a table or figure is one registered
-function of frames.
+writes the page (``examples/report.ipynb`` shows more). Knows nothing of algorithms, suites or
+torch: a table or figure is one registered function of frames.
 """
 
 from reports.export import EXPORTS, export

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from reports import stats
 from reports.drawing import (
@@ -17,6 +17,7 @@ from reports.drawing import (
     short,
     task_name,
     title,
+    wrapped,
 )
 from reports.frames import MissingError, Section, generator
 
@@ -32,7 +33,8 @@ def aggregates(section: Section) -> Drawing:
     """Median, interquartile mean and mean with their intervals (Agarwal et al. 2021, Fig. 9)."""
     labels = _scored(section)
     styles = section_looks(section)
-    made = new_figure(height=1.15 + 0.27 * len(labels))
+    longest = max(map(len, labels))
+    made = new_figure(height=1.15 + (0.27 + 0.12 * (longest > 30)) * len(labels))
     cells = made.subplots(1, len(stats.AGGREGATES), sharey=True)
     rows = []
     for axes, (name, statistic) in zip(cells, stats.AGGREGATES.items(), strict=True):
@@ -62,8 +64,9 @@ def aggregates(section: Section) -> Drawing:
         axes.set_title(name)
         axes.set_xlabel("success rate")
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlim(-0.02, max(0.1, 1.06 * axes.dataLim.xmax))
-    counts = [f"{short(label, 30)} (n = {len(section.scores(label))})" for label in labels]
+    counts = [f"{wrapped(label, 30)} (n = {len(section.scores(label))})" for label in labels]
     cells[0].set_yticks(range(len(labels)), counts)
     cells[0].set_ylim(len(labels) - 0.45, -0.55)
     title(made, "Aggregate success", section)
@@ -163,11 +166,12 @@ def task_heat_map(section: Section) -> Drawing:
     axes.axhline(len(rates) - 1.5, color="white", linewidth=2.5)
     axes.grid(visible=False)
     axes.tick_params(length=0)
+    slanted = len(columns) > 3 or max(map(len, columns)) > 12
     axes.set_xticks(
         range(len(columns)),
-        [short(name, 26) for name in columns],
-        rotation=30 if len(columns) > 3 else 0,
-        ha="right" if len(columns) > 3 else "center",
+        [wrapped(name) for name in columns],
+        rotation=30 if slanted else 0,
+        ha="right" if slanted else "center",
     )
     names = [task_name(str(task)) for task in rates.index]
     axes.set_yticks(range(len(rates)), names, fontsize=6 if many else 7)

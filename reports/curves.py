@@ -82,7 +82,7 @@ def _curve_rows(section: Section, metric: str) -> pd.DataFrame:
 def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
     styles = section_looks(section)
     drawn = [label for label in section.labels if label in set(rows["label"])]
-    handles = [legend_line(styles[label], label) for label in drawn]
+    handles = [legend_line(styles[label], label, marked=True) for label in drawn]
     return handles + ([] if rows["finished"].all() else [UNFINISHED])
 
 
@@ -210,7 +210,7 @@ def sample_efficiency(section: Section) -> Drawing:
     axes.set_ylabel("success rate, IQM over runs × tasks")
     steps_axis(axes)
     title(made, "Sample efficiency", section)
-    legend(made, [legend_line(styles[label], label) for label in drawn])
+    legend(made, [legend_line(styles[label], label, marked=True) for label in drawn])
     return Drawing(
         title="Sample efficiency",
         figure=made,

@@ -238,7 +238,8 @@ def task_grid(
     columns = grid_columns(section)
     rows = -(-len(tasks) // columns)
     dense = columns > 5
-    made = new_figure(height=0.85 + (0.85 if dense else 1) * cell * rows)
+    # A single row leaves room for the label beside it.
+    made = new_figure(height=(1.3 if rows == 1 else 0.85) + (0.85 if dense else 1) * cell * rows)
     grid = made.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False)
     for spare in grid.flat[len(tasks) :]:
         spare.set_axis_off()
@@ -420,13 +421,18 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
         made.text(0.5, (below + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
 
 
-def legend_line(look: Look, label: str) -> Line2D:
-    """A legend entry for one label."""
-    variant = look.dash != "-"
+def legend_line(look: Look, label: str, marked: bool = False) -> Line2D:
+    """A legend entry for one label; ``marked`` where variants' curves carry their markers."""
+    marker = look.marker if marked and look.dash != "-" else None
     return Line2D(
         [], [], color=look.colour, linestyle=look.dash, label=short(label, 60),
-        marker=look.marker if variant else None, markersize=4,
+        marker=marker, markersize=4,
     )  # fmt: skip
+
+
+def wrapped(label: str, width: int = 24) -> str:
+    """A label over several lines, broken after commas."""
+    return "\n".join(textwrap.wrap(short(label, 72).replace(",", ", "), width))
 
 
 UNFINISHED = Line2D([], [], color="#777777", linewidth=0.8, linestyle=":", label="unfinished run")

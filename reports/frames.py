@@ -140,7 +140,8 @@ class Results:
     def named(self, sweep: str) -> Results:
         """The same with ``sweep`` in the labels, to be compared with another sweep's.
 
-        >>> build(load("before").named("before") + load("after").named("after"), "comparison")
+        >>> before, after = (Results(**load(name)) for name in ("before", "after"))
+        >>> build(before.named("before") + after.named("after"), "comparison")
         """
 
         def inside(frame: pd.DataFrame) -> pd.DataFrame:

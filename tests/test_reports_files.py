@@ -325,3 +325,15 @@ def test_tables_and_figures_show_themselves() -> None:
     (section,) = sections(make_results(("mega", "d2r"), seeds=3))
     assert "<table" in TABLES["success_rates"](section)._repr_html_()
     assert FIGURES["aggregates"](section)._repr_png_().startswith(b"\x89PNG")
+
+
+def test_the_example_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.chdir(root)
+    cells = json.loads((root / "examples" / "report.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    for source in code:
+        exec(source, names)
+    assert len(code) > 5
+    assert "section" in names
