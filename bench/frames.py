@@ -33,7 +33,7 @@ REPORTED = ("eval", "final", "reference")
 
 
 def load(out: Path | str, kinds: Collection[str] = REPORTED) -> Frames:
-    """All runs below ``out``, with the metric rows of these kinds.
+    """All runs below ``out``, with the metric rows of these kinds, and those of training thinned.
 
     What cannot be read is named under ``unreadable``. Runs of older versions are read as far as
     they are understood.
@@ -105,7 +105,10 @@ def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
         return str(error)
     key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
     metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
-    wanted = None if metrics is None else metrics[metrics["kind"].isin(kinds)].assign(**key)
+    wanted = None
+    if metrics is not None:
+        kept = metrics[metrics["kind"].isin(kinds)]
+        wanted = pd.concat([_training(metrics, row["steps_per_task"]), kept]).assign(**key)
     return _Run(
         row=row,
         metrics=wanted,
@@ -116,6 +119,25 @@ def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
         tasks=() if metrics is None else tuple(map(str, metrics["task"].unique())),
         clips={film.stem: film for film in sorted((store.path / VIDEO).glob("*.*"))},
     )
+
+
+TRAINING_POINTS = 100
+"""Points to which the episodes of a run's training are gathered: hundreds of runs have millions."""
+
+
+def _training(metrics: pd.DataFrame, steps_per_task: int) -> pd.DataFrame:
+    """Rows of training episodes, those of a hundredth of the training in one row at its end."""
+    rows = metrics[(metrics["kind"] == "train") & metrics["metric"].isin(["success", "return"])]
+    width = max(1, steps_per_task // TRAINING_POINTS)
+    rate = rows["metric"] == "success"
+    rows = rows.assign(
+        step=-(-rows["step"] // width) * width,
+        value=np.where(rate, rows["value"], rows["value"] * rows["count"]),
+    )
+    gathered = rows.groupby(["step", "kind", "task", "metric"], sort=False, as_index=False).sum()
+    rate = gathered["metric"] == "success"
+    gathered["value"] = np.where(rate, gathered["value"], gathered["value"] / gathered["count"])
+    return gathered
 
 
 VIDEO = "video"

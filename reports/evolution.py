@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from reports import stats
 from reports.drawing import (
     FEW_POINTS,
     MARKERS,
@@ -87,6 +88,80 @@ def stages(section: Section) -> Drawing:
             labels_of(runs),
         ),
         data=rows.rename(columns={"value": "stage"}),
+    )
+
+
+SHOWN_WINDOWS, BINS_PER_WINDOW = 2, 3
+"""Windows of training before and after a stage increase that are shown, and points in each."""
+
+
+def _around_increases(section: Section) -> pd.DataFrame:
+    """Training success and return around every stage increase, a row per run, event and bin.
+
+    ``window`` is the time since the increase, in windows over which growth is decided. An increase
+    without a full window of training on both sides is left out.
+    """
+    settings = section.runs.set_index("run")
+    train = section.results.metrics.query("kind == 'train' and metric in ('success', 'return')")
+    frames = []
+    for run in section.probed("stage_events"):
+        of_run = settings.loc[run.run].to_dict()
+        span = float(of_run.get("config.window", "nan"))
+        span *= float(of_run.get("protocol.horizon", "nan"))
+        last = float(of_run["step"])
+        rows = train[train["run"] == run.run].assign(
+            value=lambda r: np.where(r["metric"] == "success", r["value"] / r["count"], r["value"])
+        )
+        for number, (step, task, *_) in enumerate(_events(run)):
+            if not span > 0 or step < span or step + span > last:
+                continue
+            near = rows[rows["task"] == section.tasks[task]]
+            near = near.assign(window=(near["step"] - step) / span)
+            near = near[near["window"].between(-SHOWN_WINDOWS, SHOWN_WINDOWS, inclusive="right")]
+            bins = (np.ceil(near["window"] * BINS_PER_WINDOW) - 0.5) / BINS_PER_WINDOW
+            found = near.groupby([bins, "metric"])["value"].mean().unstack("metric")
+            frames.append(found.reset_index().assign(label=run.label, run=run.run, event=number))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+@figure("after_growth")
+def after_growth(section: Section) -> Drawing:
+    """What a stage increase does to training, right before and after it."""
+    around = _around_increases(section)
+    if around.empty:
+        raise MissingError("no run has a stage increase with training on both sides of it")
+    styles = section_looks(section)
+    made = new_figure(2.7)
+    labels = [label for label in section.labels if label in set(around["label"])]
+    for axes, column in zip(made.subplots(1, 2), ("success", "return"), strict=True):
+        for label in labels:
+            seeds = around[around["label"] == label].pivot_table(
+                index="run", columns="window", values=column, aggfunc="mean"
+            )
+            mean, low, high = stats.mean_interval(seeds.dropna(axis="columns"))
+            when, look = seeds.dropna(axis="columns").columns, styles[label]
+            axes.plot(when, mean, color=look.colour, linestyle=look.dash, marker=".")
+            axes.fill_between(when, low, high, color=look.colour, alpha=0.1, linewidth=0)
+        axes.axvline(0, color="#888888", linewidth=0.8)
+        axes.set_xlabel("windows since the increase")
+        axes.set_ylim(bottom=0)
+    made.axes[0].set_title("success rate in training")
+    made.axes[1].set_title("return in training")
+    title(made, "Around stage increases", section)
+    legend(made, [legend_line(styles[label], label) for label in labels])
+    counts = around.drop_duplicates(["run", "event"])["label"].value_counts(sort=False)
+    return Drawing(
+        title="Around stage increases",
+        figure=made,
+        caption=section.caption(
+            "Training episodes of a task around its stage increases, averaged over increases and "
+            "then over seeds (band: 95 % t interval over seeds, from three on). A window is the "
+            "number of episodes over which growth is decided. A task grows when it is stuck, so "
+            "some rise afterwards is regression to the mean: compare variants, not before with "
+            "after. Increases: " + ", ".join(f"{k} {v}" for k, v in counts.items()) + ".",
+            labels,
+        ),
+        data=around,
     )
 
 

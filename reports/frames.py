@@ -97,8 +97,9 @@ class Results:
     ``seconds`` is training wall-clock, ``command`` what trains the run again, ``origin`` the file
     that somebody else's curves came from, ``sweep`` tells the sweeps of a comparison apart."""
     metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Tidy rows. Of ``success``, value and count are successes and episodes; of ``return``, the
-    mean episode return and episodes; of anything else, a mean and its samples."""
+    """Tidy rows; those of training (kind ``train``) are gathered to few. Of ``success``, value and
+    count are successes and episodes; of ``return``, the mean episode return and episodes; of
+    anything else, a mean and its samples."""
     timing: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Cumulative seconds per section of the training loop."""
     health: pd.DataFrame = field(default_factory=pd.DataFrame)

@@ -167,6 +167,28 @@ def test_heads_of_different_stages_share_a_row() -> None:
     assert weight_matrix(np.zeros(3, dtype=np.int8), 1, 1)[1].tolist() == [0.5, 0.5]
 
 
+def test_training_is_set_around_stage_increases() -> None:
+    """Task b grows at step 2,000: success 0 before, 1 after; task a, which never grows, is out."""
+    results = make_results(["mega"], seeds=3, tasks=("a", "b"), steps_per_task=4000)
+    event = np.array([[2000, 1, 3, 4, 0]])
+    results.probes = {
+        run: [(4000, {"stage_events": event, "cause_names": np.array(["stuck"])})]
+        for run in results.probes
+    }
+    results.runs["config.window"], results.runs["protocol.horizon"] = 3, 200
+    training = results.metrics["kind"] == "train"
+    rates = training & (results.metrics["metric"] == "success")
+    late = (results.metrics["step"] > 2000) & (results.metrics["task"] == "b")
+    results.metrics.loc[rates, "value"] = np.where(late[rates], 5.0, 0.0)
+    data = FIGURES["after_growth"](sections(results)[0]).data
+    after = data["window"] > 0
+    assert set(data.loc[after, "success"]) == {1.0}
+    assert set(data.loc[~after, "success"]) == {0.0}
+    assert sorted(data["window"].unique()) == pytest.approx(np.arange(-5.5, 6) / 3)
+    with pytest.raises(MissingError, match="stage increase"):
+        FIGURES["after_growth"](sections(make_results(["d2r"], seeds=2))[0])
+
+
 def test_embedding_counts_a_survivor_once_and_measures_clusters() -> None:
     rng = np.random.default_rng(0)
     genotypes, lengths = _genotypes(rng, np.array([3, 3, 4]), 6, 2)
