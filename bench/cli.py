@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -48,7 +48,31 @@ Workers = Annotated[
     str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each run.")]
-Launcher = Annotated[str, typer.Option("--launcher", help="Where runs are trained: local.")]
+Launcher = Annotated[
+    str, typer.Option("--launcher", help="Where runs are trained: local, ray or slurm.")
+]
+LauncherSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--launcher-set", metavar="KEY=VALUE",
+        help="A setting of ray or slurm, such as partition=gpu or gpus_per_run=0.25. Repeatable.",
+    ),
+]  # fmt: skip
+Retries = Annotated[
+    int,
+    typer.Option("--retries", min=0, help="Start a run again whose process was killed or hung."),
+]
+SimWorkers = Annotated[
+    int, typer.Option("--sim-workers", min=0, help="Processes that each run simulates in.")
+]
+Hang = Annotated[
+    float,
+    typer.Option(
+        "--hang-seconds",
+        min=0.0,
+        help="End a run that shows no sign of life for so long; 0: never.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps per task.")]
 Seeds = Annotated[
@@ -98,6 +122,10 @@ def run(
     threads: Threads = 1,
     device: Device = "auto",
     launcher: Launcher = "local",
+    launcher_set: LauncherSet = None,
+    retries: Retries = 0,
+    sim_workers: SimWorkers = 0,
+    hang_seconds: Hang = 900.0,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -124,7 +152,11 @@ def run(
                 overrides=overrides,
             )
         ]  # fmt: skip
-    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+    how = How(
+        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
+        hang_seconds, allow_other_numerics,
+    )  # fmt: skip
+    _sweep(requests, how, dry_run=dry_run)
 
 
 @app.command()
@@ -145,6 +177,10 @@ def ablate(
     threads: Threads = 1,
     device: Device = "auto",
     launcher: Launcher = "local",
+    launcher_set: LauncherSet = None,
+    retries: Retries = 0,
+    sim_workers: SimWorkers = 0,
+    hang_seconds: Hang = 900.0,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -168,7 +204,11 @@ def ablate(
         for name, entry in shipped.items()
         if ablation in (name, "all")
     ]  # fmt: skip
-    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+    how = How(
+        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
+        hang_seconds, allow_other_numerics,
+    )  # fmt: skip
+    _sweep(requests, how, dry_run=dry_run)
 
 
 def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
@@ -189,55 +229,84 @@ def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
     return replace(request, overrides=dict(request.overrides) | overrides)
 
 
-def _sweep(
-    requests: list[Request], out: Path, workers: str, threads: int, device: str, launcher: str,
-    allow_other_numerics: bool, dry_run: bool,
-) -> None:  # fmt: skip
+class How(NamedTuple):
+    """The options of `run` and `ablate` that say how, not what."""
+
+    out: Path
+    workers: str
+    threads: int
+    device: str
+    launcher: str
+    launcher_set: list[str]
+    retries: int
+    sim_workers: int
+    hang_seconds: float
+    allow_other_numerics: bool
+
+    @property
+    def train_options(self) -> list[str]:
+        """Of the runs' processes."""
+        options = [
+            "--device", self.device, "--threads", str(self.threads),
+            "--sim-workers", str(self.sim_workers), "--hang-seconds", str(self.hang_seconds),
+        ]  # fmt: skip
+        return options + ["--allow-other-numerics"] * self.allow_other_numerics
+
+
+def _sweep(requests: list[Request], how: How, *, dry_run: bool) -> None:
     """Plan, train with progress, and end with what the runs brought."""
-    from bench import machine, references, sweep
+    from bench import launch, machine, references, sweep
     from bench.progress import Progress
     from bench.store import StoreError
-    from suites.base import unknown
 
-    if launcher != "local":
-        raise UsageError(unknown("launcher", launcher, ["local"]))
-    at_a_time = _workers(workers, threads)
+    launch.launcher_options(how.launcher, how.launcher_set)
+    local, out = how.launcher == "local", how.out
+    at_a_time = _workers(how.workers, how.threads)
     try:
-        device = machine.resolve_device(device)
+        # A cluster's machines may have devices that this one lacks.
+        here = machine.resolve_device(how.device if local else "auto")
     except ValueError as error:
         raise UsageError(str(error)) from None
+    how = how._replace(device=here if how.device == "auto" else how.device)
     specs = sweep.expand(requests)
+    environment = machine.environment(here, how.threads) if local else machine.origin()
     try:
         if not dry_run:
             sweep.writable(out)
-        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(
-            specs, out, device=device, threads=threads
-        )  # fmt: skip
+        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(specs, out, environment)
     except (StoreError, OSError) as error:
         raise WorkError(str(error)) from None
 
     console = _console()
-    costs = _costs(jobs, device, threads)
-    _print_plan(console, jobs, costs, at_a_time, out, device)
+    costs = _costs(jobs, here, how.threads)
+    _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, here)
     if dry_run:
         return
-    if problem := sweep.check_room(out, costs, jobs, at_a_time):
+    if local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
         raise WorkError(problem)
 
     started = time.time()
-    local = sweep.LocalLauncher(
-        workers=at_a_time, device=device, threads=threads,
-        allow_other_numerics=allow_other_numerics,
-    )  # fmt: skip
+    try:
+        launcher = launch.launcher(
+            how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
+            device=how.device,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise WorkError(str(error)) from None
+    under_way = sweep.Sweep(
+        jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
+    )
     with Progress(console, jobs) as progress:
-        local.run(jobs, progress.notice)
-    if not local.interrupted and any(job.outcome != "busy" for job in jobs):
+        under_way.run(progress.notice)
+    launcher.close()
+    interrupted = under_way.interrupted
+    if not interrupted and any(job.outcome != "busy" for job in jobs):
         with _status(console, "evaluating the scripted experts and the random policy"):
             try:
-                references.ensure(specs, out, machine.environment(device, threads))
+                references.ensure(specs, out, machine.environment(here, how.threads))
             except (StoreError, OSError) as error:
                 print(f"bench: no reference rows: {error}", file=sys.stderr)
-    _conclude(console, jobs, out, time.time() - started, interrupted=local.interrupted)
+    _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
 
 
 def _workers(text: str, threads: int) -> int:

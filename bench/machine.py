@@ -64,6 +64,11 @@ def numerics(device: str, threads: int) -> dict[str, str]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """What is known of a run's environment before it is known where it will be trained."""
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Everything above, for spec.json."""
     return {
@@ -71,7 +76,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "hardware": hardware(device),
         "git_commit": git_commit(),
         "numerics": numerics(device, threads),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **origin(),
     }
 
 

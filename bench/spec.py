@@ -321,15 +321,15 @@ def parse_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(items: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """``key=value`` strings as a mapping; raises SpecError on a malformed or repeated key."""
     overrides: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise SpecError(f"--set {item!r}: expected key=value, such as gamma=0.98")
+            raise SpecError(f"{option} {item!r}: expected key=value, such as gamma=0.98")
         if key.strip() in overrides:
-            raise SpecError(f"--set {key.strip()} is given twice")
+            raise SpecError(f"{option} {key.strip()} is given twice")
         overrides[key.strip()] = parse_value(text.strip())
     return overrides
 
@@ -409,7 +409,7 @@ def _build(
     try:
         return model(**values), sources
     except ValidationError as error:
-        raise SpecError("; ".join(_explain(owner, problem) for problem in error.errors())) from None
+        raise SpecError("; ".join(explain(owner, problem) for problem in error.errors())) from None
 
 
 @cache
@@ -438,7 +438,8 @@ def _matching_size(
     return low if low and -excess(low) < excess(high) else high
 
 
-def _explain(owner: str, problem: Any) -> str:
+def explain(owner: str, problem: Any) -> str:
+    """One of pydantic's errors, naming the field and its value."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return f"{owner}: {message}"

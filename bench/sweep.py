@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bench import machine
+from bench.launch import Exit, Handle, Launcher, Order
 from bench.spec import RunSpec, SpecError, parse_seeds
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
@@ -193,133 +192,168 @@ class Job:
 
     spec: RunSpec
     store: RunStore
-    process: subprocess.Popen[bytes] | None = None
     outcome: str = "pending"
     """pending | running | done | failed | interrupted | busy | skipped (was done before)."""
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     """What its process warned of, in the log."""
     log_start: int = 0
-    """Where in the log this process began."""
+    """Where in the log this attempt began."""
+    attempts: int = 0
+    """How often it was started."""
 
 
-class LocalLauncher:
-    """Runs as processes of this machine, so many at a time, one thread each."""
+class Sweep:
+    """Carries out the jobs with a launcher, as many at a time as that takes."""
 
     def __init__(
-        self, *, workers: int, device: str, threads: int, allow_other_numerics: bool = False
+        self,
+        jobs: Sequence[Job],
+        launcher: Launcher,
+        *,
+        options: Sequence[str] = (),
+        threads: int = 1,
+        retries: int = 0,
     ) -> None:
-        self.workers, self.device, self.threads = workers, device, threads
-        self.allow_other_numerics = allow_other_numerics
+        """``options`` of ``python -m bench.train``. ``retries``: how often a run is started again
+        whose process was killed or hung."""
+        self.jobs, self.launcher, self.retries = jobs, launcher, retries
+        self._options, self._threads = tuple(options), threads
+        self._running: dict[int, Handle] = {}  # by the job's place in the list
         self._signals = 0
-
-    def run(self, jobs: Sequence[Job], notice: Callable[[Job | None], None]) -> None:
-        """Train all jobs; ``notice(job)`` on each change of a job, ``notice(None)`` in between.
-
-        SIGINT and SIGTERM stop it: runs save at the end of their episodes, a second signal ends
-        them at once. Jobs not started stay pending.
-        """
-        waiting = [job for job in jobs if job.outcome == "pending"]
-        running: list[Job] = []
-        previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        passed_on = 0
-        try:
-            while running or (waiting and not self._signals):
-                while waiting and len(running) < self.workers and not self._signals:
-                    job = waiting.pop(0)
-                    self._start(job)
-                    if job.process is not None:
-                        running.append(job)
-                    notice(job)
-                if passed_on < self._signals:
-                    passed_on = self._signals
-                    for job in running:
-                        assert job.process is not None
-                        job.process.send_signal(signal.SIGINT)
-                time.sleep(POLL_SECONDS)
-                for job in [j for j in running if j.process and j.process.poll() is not None]:
-                    self._ended(job)
-                    running.remove(job)
-                    notice(job)
-                notice(None)
-        finally:
-            for job in running:
-                if job.process is not None:
-                    job.process.terminate()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal asked the sweep to stop."""
         return self._signals > 0
 
+    def run(self, notice: Callable[[Job | None], None]) -> None:
+        """Train all jobs; ``notice(job)`` on each change of a job, ``notice(None)`` in between.
+
+        SIGINT and SIGTERM stop it: runs save at the end of their episodes, a second signal ends
+        them at once. Jobs not started stay pending. A job that another process was training at
+        first is looked at again in the end, when that process may be gone.
+        """
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        passed_on = 0
+        try:
+            while True:
+                if not self._signals:
+                    self._start(notice)
+                if not self._running:
+                    break
+                while passed_on < self._signals:
+                    passed_on += 1
+                    for handle in self._running.values():
+                        handle.stop()
+                time.sleep(POLL_SECONDS)
+                for place, handle in list(self._running.items()):
+                    if (end := handle.poll()) is not None:
+                        del self._running[place]
+                        self._ended(self.jobs[place], end)
+                        notice(self.jobs[place])
+                notice(None)
+        finally:
+            for handle in self._running.values():
+                handle.stop()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
 
-    def _start(self, job: Job) -> None:
-        try:
-            log = (job.store.path / "log.txt").open("ab")
-            job.log_start = log.tell()
-        except OSError as error:
-            job.outcome, job.error = "failed", f"cannot write {job.store.path}: {error.strerror}"
+    def _start(self, notice: Callable[[Job | None], None]) -> None:
+        """Start what there is room for."""
+        room = self.launcher.slots - len(self._running)
+        waiting = [place for place, job in enumerate(self.jobs) if job.outcome == "pending"]
+        if not waiting and not self._running:
+            waiting = [place for place, job in enumerate(self.jobs) if self._has_come_free(job)]
+        chosen = waiting if math.isinf(room) else waiting[: int(room)]
+        places, orders = [], []
+        for place in chosen:
+            job = self.jobs[place]
+            try:
+                job.log_start = job.store.log_length()
+            except OSError as error:
+                self._fail(job, f"cannot write {job.store.path}: {error.strerror}", notice)
+                continue
+            places.append(place)
+            orders.append(Order(job.store.path, self._options, self._threads))
+        if not orders:
             return
-        command = [
-            sys.executable, "-m", "bench.train", str(job.store.path),
-            "--device", self.device, "--threads", str(self.threads),
-        ]  # fmt: skip
-        if self.allow_other_numerics:
-            command.append("--allow-other-numerics")
-        # Linear algebra libraries read their thread counts before torch is told its own.
-        limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        with log:
-            job.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | limits, start_new_session=True,
-            )  # fmt: skip
-        job.outcome = "running"
+        try:
+            handles = self.launcher.start(orders)
+        except (OSError, RuntimeError) as error:
+            for place in places:
+                self._fail(self.jobs[place], f"cannot be started: {error}", notice)
+            return
+        for place, handle in zip(places, handles, strict=True):
+            self._running[place] = handle
+            self.jobs[place].outcome = "running"
+            self.jobs[place].attempts += 1
+            notice(self.jobs[place])
 
-    def _ended(self, job: Job) -> None:
-        assert job.process is not None
-        code = job.process.returncode
-        job.warnings = _warnings(job)
-        if code == 0:
+    def _has_come_free(self, job: Job) -> bool:
+        return job.outcome == "busy" and not job.attempts and not job.store.busy
+
+    def _fail(self, job: Job, error: str, notice: Callable[[Job | None], None]) -> None:
+        job.outcome, job.error = "failed", error
+        notice(job)
+
+    def _ended(self, job: Job, end: Exit) -> None:
+        log = job.store.log_since(job.log_start)
+        job.warnings = _warnings(log)
+        if end.code == 0:
             job.outcome = "done"
-        elif code == EXIT_INTERRUPTED or (
-            self._signals and code in (-signal.SIGINT, -signal.SIGTERM)
+        elif end.code == EXIT_INTERRUPTED or (
+            self._signals and end.code in (-signal.SIGINT, -signal.SIGTERM)
         ):
             job.outcome = "interrupted"
-        elif code == EXIT_BUSY:
+        elif end.code == EXIT_BUSY:
             job.outcome = "busy"
         else:
-            job.outcome = "failed"
-            status = job.store.status()
-            if code < 0:
-                name = signal.Signals(-code).name
-                job.error = f"the process was killed by {name}" + (
-                    " (out of memory?)" if name == "SIGKILL" else ""
-                )
-                facts = {key: value for key, value in status.items() if key != "state"}
-                job.store.write_status("failed", **(facts | {"error": job.error}))
-            else:
-                job.error = str(status.get("error") or f"exit code {code}, see log.txt")
-                if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
-                    # Neither status nor log may have found room for the reason.
-                    job.error = f"the disk of {job.store.path} is full ({size(free)} free)"
+            lost, job.error = _why(job, end, log)
+            job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
+            if lost:
+                _record_failure(job)
 
 
-def _warnings(job: Job) -> list[str]:
-    """The warnings in what this process has logged."""
+def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
+    """Whether the process ended without recording why, and why a job failed."""
+    if end.code < 0:
+        name = signal.Signals(-end.code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return True, f"the process was killed by {name}{hint}"
+    if end.reason:
+        return True, end.reason
+    status = job.store.status()
+    if status["state"] == "running" and "Timeout (" in log:
+        return True, (
+            "the process hung and was ended (a simulator that does not answer?); log.txt says where"
+        )
+    error = str(status.get("error") or f"exit code {end.code}, see log.txt")
+    if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
+        # Neither status nor log may have found room for the reason.
+        error = f"the disk of {job.store.path} is full ({size(free)} free)"
+    return False, error
+
+
+def _record_failure(job: Job) -> None:
+    """Write the status that the run's own process could not."""
+    status = job.store.status()
+    facts = {key: value for key, value in status.items() if key != "state"}
     try:
-        with (job.store.path / "log.txt").open("rb") as log:
-            log.seek(job.log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = (line.partition("RuntimeWarning: ")[2] for line in lines)
+        with job.store.locked(expires=None):
+            if not job.store.done:
+                job.store.write_status("failed", **(facts | {"error": job.error}))
+    except (StoreError, OSError) as error:
+        job.error += f"; its status could not be written: {error}"
+
+
+def _warnings(log: str) -> list[str]:
+    """The warnings in what a process has logged."""
+    found = (line.partition("RuntimeWarning: ")[2] for line in log.splitlines())
     return [warning for warning in found if warning]
 
 
@@ -341,14 +375,13 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
     return jobs
 
 
-def prepare(specs: Sequence[RunSpec], out: Path, *, device: str, threads: int) -> list[Job]:
-    """`plan`, and a directory for each run.
+def prepare(specs: Sequence[RunSpec], out: Path, environment: Mapping[str, Any]) -> list[Job]:
+    """`plan`, and a directory for each run; ``environment`` as far as it is known already.
 
     Raises StoreError or OSError if a directory cannot be used.
     """
-    environment = machine.environment(device, threads)
     for spec in specs:
-        RunStore.create(out, spec, environment)
+        RunStore.create(out, spec, dict(environment))
     return plan(specs, out)
 
 
