@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from bench.spec import RunSpec
     from bench.speed import Cost
-    from bench.sweep import Job, Request
+    from bench.sweep import Job, Mistake, Request
 
 app = typer.Typer(
     name="bench",
@@ -134,11 +135,12 @@ def run(
     Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
     """
     from bench.spec import parse_seeds
-    from bench.sweep import Request, names, read_grid
+    from bench.sweep import Request, expand, names, read_grid
 
     overrides = _overrides(set_, steps)
+    mistakes: list[Mistake] = []
     if grid is not None:
-        requests = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
+        requests, mistakes = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
         requests = [_with_overrides(request, overrides) for request in requests]
     else:
         if algos is None or suite is None:
@@ -156,7 +158,7 @@ def run(
         out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
         hang_seconds, allow_other_numerics,
     )  # fmt: skip
-    _sweep(requests, how, dry_run=dry_run)
+    _sweep(expand(requests, mistakes), how, dry_run=dry_run)
 
 
 @app.command()
@@ -189,7 +191,7 @@ def ablate(
     Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
     """
     from bench.spec import parse_seeds
-    from bench.sweep import Request, ablations, names
+    from bench.sweep import Request, ablations, expand, names
     from suites.base import unknown
 
     shipped = ablations()
@@ -208,7 +210,7 @@ def ablate(
         out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
         hang_seconds, allow_other_numerics,
     )  # fmt: skip
-    _sweep(requests, how, dry_run=dry_run)
+    _sweep(expand(requests), how, dry_run=dry_run)
 
 
 def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
@@ -253,7 +255,7 @@ class How(NamedTuple):
         return options + ["--allow-other-numerics"] * self.allow_other_numerics
 
 
-def _sweep(requests: list[Request], how: How, *, dry_run: bool) -> None:
+def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     """Plan, train with progress, and end with what the runs brought."""
     from bench import launch, machine, references, sweep
     from bench.progress import Progress
@@ -268,7 +270,6 @@ def _sweep(requests: list[Request], how: How, *, dry_run: bool) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     how = how._replace(device=here if how.device == "auto" else how.device)
-    specs = sweep.expand(requests)
     environment = machine.environment(here, how.threads) if local else machine.origin()
     try:
         if not dry_run:

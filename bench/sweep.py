@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.launch import Exit, Handle, Launcher, Order
-from bench.spec import RunSpec, SpecError, parse_seeds
+from bench.spec import RunSpec, SpecError, parse_seeds, preset_names
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
 from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
@@ -38,43 +39,86 @@ class Request:
     seeds: Sequence[int]
     preset: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    """Where it was asked for, for messages."""
 
-    def expand(self) -> tuple[list[RunSpec], list[str]]:
+    def expand(self) -> tuple[list[RunSpec], list[Mistake]]:
         """The runs, seed by seed so that all algorithms advance together, and what is wrong."""
-        specs, problems = [], []
+        specs: list[RunSpec] = []
+        mistakes = []
+        owners = {name.partition("@")[0] for name in self.algorithms}
         for key in self.overrides:
             owner, dot, _ = key.rpartition(".")
-            if dot and owner not in {name.partition("@")[0] for name in self.algorithms}:
-                problems.append(
-                    f"--set {key}: no algorithm {owner!r} in this sweep "
-                    f"({', '.join(self.algorithms)})"
-                )
+            if dot and owner not in owners:
+                known = ", ".join(self.algorithms)
+                problem = f"--set {key}: no algorithm {owner!r} in this sweep ({known})"
+                mistakes.append(Mistake(self.place, problem))
+        overrides = {
+            key: value
+            for key, value in self.overrides.items()
+            if "." not in key or key.rpartition(".")[0] in owners
+        }
         for suite in self.suites:
             for algorithm in self.algorithms:
                 try:
                     first = RunSpec.resolve(
                         algorithm, suite, self.seeds[0],
-                        preset_name=self.preset, overrides=self.overrides,
+                        preset_name=self.preset, overrides=overrides,
                     )  # fmt: skip
                 except SpecError as error:
-                    problems.append(str(error))
+                    mistakes += [
+                        Mistake(self.place, line, algorithm.partition("@")[0])
+                        for line in str(error).splitlines()
+                    ]
                     continue
                 specs += [first, *(first.with_seed(seed) for seed in self.seeds[1:])]
         order = {seed: rank for rank, seed in enumerate(self.seeds)}
-        return sorted(specs, key=lambda spec: order[spec.seed]), problems
+        return sorted(specs, key=lambda spec: order[spec.seed]), mistakes
 
 
-def expand(requests: Iterable[Request]) -> list[RunSpec]:
-    """All runs of the requests, each once. Raises SpecError with everything that is wrong."""
+class Mistake(NamedTuple):
+    """Something wrong with a request."""
+
+    place: str
+    problem: str
+    algorithm: str = ""
+    """For which it was found."""
+
+
+def told(mistakes: Iterable[Mistake]) -> str:
+    """The mistakes, a line each; one that was found for several algorithms or places is told once
+    with all of them."""
+    found: dict[tuple[str, bool], tuple[dict[str, None], dict[str, None]]] = {}
+    for place, problem, algorithm in mistakes:
+        own = problem.removeprefix(f"{algorithm}: ")
+        of_algorithm = own != problem
+        if of_algorithm:
+            # Which fields there are differs between algorithms; that this is none does not.
+            own = re.sub(r" \(allowed: .*", "", own) if own.startswith("unknown field") else own
+        names, places = found.setdefault((own, of_algorithm), ({}, {}))
+        names.setdefault(algorithm)
+        places.setdefault(place)
+    lines = []
+    for (problem, of_algorithm), (names, places) in found.items():
+        where = ", ".join(place for place in places if place)
+        who = ", ".join(names) if of_algorithm else ""
+        hint = f" (bench show {next(iter(names))} lists them)" * problem.startswith("unknown field")
+        lines.append(": ".join(part for part in (where, who, problem + hint) if part))
+    return "\n".join(lines)
+
+
+def expand(requests: Iterable[Request], mistakes: Iterable[Mistake] = ()) -> list[RunSpec]:
+    """All runs of the requests, each once. Raises SpecError with everything that is wrong, what was
+    found before (``mistakes``) included."""
     specs: dict[str, RunSpec] = {}
-    problems: list[str] = []
+    mistakes = list(mistakes)
     for request in requests:
         found, wrong = request.expand()
-        problems += [problem for problem in wrong if problem not in problems]
+        mistakes += wrong
         for spec in found:
             specs.setdefault(spec.id, spec)
-    if problems:
-        raise SpecError("\n".join(problems))
+    if mistakes:
+        raise SpecError(told(mistakes))
     return list(specs.values())
 
 
@@ -88,63 +132,92 @@ def read_grid(
     suite: str | None = None,
     seeds: str | None = None,
     preset: str | None = None,
-) -> list[Request]:
+) -> tuple[list[Request], list[Mistake]]:
     """The requests of a TOML grid: ``algos``, ``suite``, ``seeds``, ``preset`` and a table ``set``
     at the top, refined in each ``[[runs]]``. What is given here wins over both.
 
-    Raises SpecError with all errors of the file at once.
+    What is wrong comes with it, for `expand` to tell together with what the requests have wrong.
+    Raises SpecError if the file cannot be read at all.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"cannot read the grid {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError(f"{path} is not TOML: {error}") from None
     given = {"algos": algos, "suite": suite, "seeds": seeds, "preset": preset}
-    problems: list[str] = []
-    requests = []
-    for number, entry in enumerate(data.get("runs", [{}]), start=1):
-        place = f"{path}, runs[{number}]" if "runs" in data else str(path)
+    given = {key: value for key, value in given.items() if value is not None}
+    entries = data.pop("runs", None)
+    requests, mistakes = [], _strange_keys(data, str(path))
+    if not (entries is None or (isinstance(entries, list) and entries)):
+        problem = f"runs={entries!r}: expected tables, each under [[runs]]"
+        return [], [*mistakes, Mistake(str(path), problem)]
+    for number, entry in enumerate([{}] if entries is None else entries, start=1):
+        place = str(path) if entries is None else f"{path}, runs[{number}]"
         if not isinstance(entry, dict):
-            problems.append(f"{place}: expected a table")
+            mistakes.append(Mistake(place, f"{entry!r}: expected a table"))
             continue
-        problems += [
-            f"{place}: " + unknown("key", key, _GRID_KEYS)
-            for key in (*data, *entry)
-            if key not in _GRID_KEYS
-        ]
-        if wrong := [t for t in (data, entry) if not isinstance(t.get("set", {}), dict)]:
-            problems.append(
-                f"{place}: set={wrong[0]['set']!r} is no table; write set = {{ gamma = 0.98 }}"
-            )
-            continue
-        merged = {"preset": "cpu"} | data | entry
-        merged["set"] = data.get("set", {}) | entry.get("set", {})
-        merged |= {key: value for key, value in given.items() if value is not None}
-        missing = [key for key in ("algos", "suite", "seeds") if not merged.get(key)]
-        if missing:
-            problems.append(f"{place}: {', '.join(missing)} missing")
-            continue
+        mistakes += _strange_keys(entry, place)
+        request, wrong = _read_request({"preset": "cpu"} | data | entry | given, data, entry, place)
+        mistakes += wrong
+        requests += [request] if request else []
+    return requests, mistakes
+
+
+def _strange_keys(table: Mapping[str, Any], place: str) -> list[Mistake]:
+    return [
+        Mistake(place, unknown("key", key, _GRID_KEYS)) for key in table if key not in _GRID_KEYS
+    ]
+
+
+def _read_request(
+    merged: Mapping[str, Any], top: Mapping[str, Any], entry: Mapping[str, Any], place: str
+) -> tuple[Request | None, list[Mistake]]:
+    """The request of one entry of a grid, as far as it can be read, and what is wrong with it."""
+    mistakes: list[Mistake] = []
+
+    def read(key: str, what: Callable[[Any], Any], otherwise: Any) -> Any:
+        if key in ("algos", "suite", "seeds") and merged.get(key) in (None, "", []):
+            mistakes.append(Mistake(place, f"{key} missing"))
+            return otherwise
         try:
-            seeds = merged["seeds"]
-            requests.append(
-                Request(
-                    algorithms=_words(merged["algos"], place, "algos"),
-                    suites=_words(merged["suite"], place, "suite"),
-                    seeds=parse_seeds(
-                        ",".join(f"{seed}-{seed}" for seed in seeds)
-                        if isinstance(seeds, list)
-                        else str(seeds)
-                    ),
-                    preset=str(merged["preset"]),
-                    overrides=_flatten(merged["set"]),
-                )
-            )
+            return what(merged[key])
         except SpecError as error:
-            problems.append(f"{place}: {error}")
-    if problems:
-        raise SpecError("\n".join(dict.fromkeys(problems)))
-    return requests
+            mistakes.append(Mistake(place, str(error)))
+            return otherwise
+
+    tables = [table.get("set", {}) for table in (top, entry)]
+    for table in tables:
+        if not isinstance(table, dict):
+            problem = f"set={table!r} is no table; write set = {{ gamma = 0.98 }}"
+            mistakes.append(Mistake(place, problem))
+    overrides = [_flatten(table) for table in tables if isinstance(table, dict)]
+    algorithms = read("algos", lambda value: _words(value, "algos"), [])
+    suites = read("suite", lambda value: _words(value, "suite"), [])
+    # What is read in place of a mistake lets the rest be judged; there is no sweep in the end.
+    request = Request(
+        algorithms=algorithms,
+        suites=suites or ["toy"],
+        seeds=read("seeds", _seeds, [0]),
+        preset=read("preset", _preset, "cpu"),
+        overrides=overrides[0] | overrides[-1] if overrides else {},
+        place=place,
+    )
+    return (request if request.algorithms else None), mistakes
+
+
+def _seeds(value: Any) -> list[int]:
+    if isinstance(value, list):
+        return parse_seeds(",".join(f"{seed}-{seed}" for seed in value))
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SpecError(f'seeds={value!r}: write 5 (seeds 0 to 4), "0-9", or [3, 7]')
+    return parse_seeds(str(value))
+
+
+def _preset(value: Any) -> str:
+    if not isinstance(value, str) or value not in preset_names():
+        raise SpecError(unknown("preset", value, preset_names()))
+    return value
 
 
 def ablations() -> dict[str, dict[str, Any]]:
@@ -165,10 +238,10 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _words(value: Any, place: str, key: str) -> list[str]:
+def _words(value: Any, key: str) -> list[str]:
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise SpecError(f"{place}: {key}={value!r} is neither a name nor a list of names")
+        raise SpecError(f"{key}={value!r} is neither a name nor a list of names")
     return names(",".join(words), key)
 
 
