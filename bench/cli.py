@@ -358,6 +358,8 @@ def _print_plan(
         + (f" ({resumed} of them continued)" if resumed else "")
         + (f", {busy} in training elsewhere" if busy else "")
     )
+    for line in _plugins([job.spec for job in jobs]):
+        console.print(f"  {line}")
     seconds = {group(job.spec): costs[group(job.spec)].seconds for job in todo}
     for name, cost in seconds.items():
         count = sum(group(job.spec) == name for job in todo)
@@ -370,6 +372,19 @@ def _print_plan(
             f"Estimated {duration(max(total / workers, longest))} with {workers} at a time, "
             f"{sum(working[:workers]) / 1e9:.1f} GB of disk while training"
         )
+
+
+def _plugins(specs: list[RunSpec]) -> list[str]:
+    """The code of other packages that these runs execute."""
+    from bench.machine import plugins
+
+    used = {f"algorithm {spec.algorithm}" for spec in specs}
+    return [
+        f"third-party {name}: {source}"
+        for name, source in plugins().items()
+        if name in used
+        or (name.startswith("suite ") and any(f"suite {s.suite}".startswith(name) for s in specs))
+    ]
 
 
 def _remaining(job: Job, seconds: float) -> float:

@@ -33,6 +33,8 @@ def load(out: Path) -> Frames:
         except StoreError as error:
             warnings.warn(f"skipping {name}: {error}", RuntimeWarning, stacklevel=2)
             continue
+        for problem in store.damaged() or []:
+            warnings.warn(f"{name}: {problem} since the run was done", RuntimeWarning, stacklevel=2)
         runs.append(row)
         key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
         measured, timed = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))

@@ -398,6 +398,16 @@ class RunStore:
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that are whole, newest first. Warns about damaged ones."""
+        loaded = (_read_checkpoint(path) for path in self._checkpoints())
+        return [content["step"] for content in loaded if content]
+
+    def leftovers(self) -> list[Path]:
+        """What interrupted writes and damage have left behind; nobody reads it."""
+        found = [*self.path.rglob("*.tmp"), *self.state_path.glob("checkpoint-*.damaged")]
+        return sorted(found + [self.replay_path] * (self.done and self.replay_path.exists()))
+
     def _checkpoints(self) -> list[Path]:
         """Checkpoint files, newest first."""
         named = re.compile(r"checkpoint-\d{10}-[0-9a-f]{8}\.pt")
