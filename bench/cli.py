@@ -787,6 +787,46 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run's directory, or a part of its path below OUT.")],
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Per task; default: until updates were logged twice."),
+    ] = None,
+    out: Out = DEFAULT_OUT,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train the first steps of a recorded run again and compare every byte that they measure.
+
+    Example: bench verify mt10_rand/mega/0
+    """
+    from bench import machine
+    from bench.store import StoreError, open_run
+    from bench.verify import steps_to_verify
+    from bench.verify import verify as again
+
+    store = open_run(out, run)
+    try:
+        chosen = machine.resolve_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        verdict = again(store, steps or steps_to_verify(store.spec()), chosen)
+    except (StoreError, OSError) as error:
+        raise WorkError(str(error)) from None
+    if json:
+        _print_json("verify", [verdict._asdict()])
+    else:
+        compared = f"{verdict.rows:,} rows and {verdict.probes} probes up to step {verdict.steps:,}"
+        print(f"{verdict.difference or 'equal to the byte'} ({compared})")
+        for change in verdict.numerics:
+            print(f"other numerics than recorded, which may change bytes: {change}")
+    if verdict.difference:
+        raise typer.Exit(1)
+
+
 # ------------------------------------------------------------------------------------- printing
 
 

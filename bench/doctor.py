@@ -93,7 +93,7 @@ def run_checks(store: RunStore) -> list[Check]:
 
 
 def _identity(store: RunStore, spec: RunSpec) -> Check:
-    """The id that the recorded values have here, against the one that the run was recorded under."""
+    """The id that the recorded values have here, and the one that the run was recorded under."""
     if spec.algorithm not in algorithms.names():
         return _check(
             "id", "note", f"{spec.id}; algorithm {spec.algorithm!r} is not here to compare"

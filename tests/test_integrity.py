@@ -70,7 +70,7 @@ def flip(path: Path) -> None:
 
 HARM: dict[str, tuple[Callable[[RunStore], object], str, str]] = {
     "a changed success": (
-        lambda s: edit(s.path / "metrics.csv", b"final,point-0,success,", b"final,point-0,success,0"),
+        lambda s: edit(s.path / "metrics.csv", b"final,point-0,s", b"final,point-1,s"),
         "checksums", "metrics.csv was changed",
     ),
     "a line that is none": (

@@ -78,7 +78,7 @@ def test_a_lost_ray_node_costs_no_run(
 ) -> None:
     """Two nodes train a run each; one is killed; the other takes over from the checkpoint."""
     cluster, workers = nodes
-    specs = [toy_spec(seed=seed, steps_per_task=2500, eval_every=500) for seed in (0, 1)]
+    specs = [toy_spec(seed=seed, steps_per_task=1000, eval_every=500) for seed in (0, 1)]
     expected = undisturbed(specs, open_store, tmp_path / "alone")
     jobs = prepare(specs, tmp_path / "shared", machine.origin())
     assert "numerics" not in jobs[0].store.description()["environment"]
@@ -87,7 +87,7 @@ def test_a_lost_ray_node_costs_no_run(
     def lose_a_node() -> None:
         pids = [job.store.status().get("pid") for job in jobs]
         steps = [job.store.status().get("step", 0) for job in jobs]
-        if not first and all(pids) and min(steps) > 100:
+        if not first and all(pids) and min(steps) > 25:
             first.update(enumerate(pids))
             cluster.remove_node(workers.pop(), allow_graceful=False)
 
