@@ -79,6 +79,25 @@ Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training step
 Seeds = Annotated[
     str | None, typer.Option("--seeds", help="5 means seeds 0 to 4; 0-9, 3,7 and 3-3 name them.")
 ]
+Track = Annotated[
+    str,
+    typer.Option(
+        "--track",
+        help="Pass metrics on to tensorboard, wandb, mlflow (comma-separated), or none; auto: to "
+        "TensorBoard event files in OUT/tensorboard if that is installed.",
+    ),
+]
+Notify = Annotated[
+    str | None,
+    typer.Option("--notify", metavar="COMMAND", help="Run at the end, with $BENCH_MESSAGE."),
+]
+DiskBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-budget", metavar="SIZE",
+        help="Thin the checkpoints of finished runs while OUT holds more than this, such as 20GB.",
+    ),
+]  # fmt: skip
 OtherNumerics = Annotated[
     bool,
     typer.Option(
@@ -127,6 +146,9 @@ def run(
     retries: Retries = 0,
     sim_workers: SimWorkers = 0,
     hang_seconds: Hang = 900.0,
+    track: Track = "auto",
+    notify: Notify = None,
+    disk_budget: DiskBudget = None,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -156,7 +178,7 @@ def run(
         ]  # fmt: skip
     how = How(
         out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
-        hang_seconds, allow_other_numerics,
+        hang_seconds, track, notify, disk_budget, allow_other_numerics,
     )  # fmt: skip
     _sweep(expand(requests, mistakes), how, dry_run=dry_run)
 
@@ -183,6 +205,9 @@ def ablate(
     retries: Retries = 0,
     sim_workers: SimWorkers = 0,
     hang_seconds: Hang = 900.0,
+    track: Track = "auto",
+    notify: Notify = None,
+    disk_budget: DiskBudget = None,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -208,7 +233,7 @@ def ablate(
     ]  # fmt: skip
     how = How(
         out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
-        hang_seconds, allow_other_numerics,
+        hang_seconds, track, notify, disk_budget, allow_other_numerics,
     )  # fmt: skip
     _sweep(expand(requests), how, dry_run=dry_run)
 
@@ -243,6 +268,9 @@ class How(NamedTuple):
     retries: int
     sim_workers: int
     hang_seconds: float
+    track: str
+    notify: str | None
+    disk_budget: str | None
     allow_other_numerics: bool
 
     @property
@@ -260,8 +288,14 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     from bench import launch, machine, references, sweep
     from bench.progress import Progress
     from bench.store import StoreError
+    from bench.track import sinks
 
     launch.launcher_options(how.launcher, how.launcher_set)
+    budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
+    try:
+        trackers = sinks(how.track)
+    except RuntimeError as error:
+        raise UsageError(f"--track: {error}") from None
     local, out = how.launcher == "local", how.out
     at_a_time = _workers(how.workers, how.threads)
     try:
@@ -297,8 +331,13 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     under_way = sweep.Sweep(
         jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
     )
-    with Progress(console, jobs) as progress:
-        under_way.run(progress.notice)
+    with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
+
+        def notice(job: Job | None) -> None:
+            progress.notice(job)
+            aside.notice(job)
+
+        under_way.run(notice)
     launcher.close()
     interrupted = under_way.interrupted
     if not interrupted and any(job.outcome != "busy" for job in jobs):
@@ -307,7 +346,63 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
                 references.ensure(specs, out, machine.environment(here, how.threads))
             except (StoreError, OSError) as error:
                 print(f"bench: no reference rows: {error}", file=sys.stderr)
+    if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
+        print(f"bench: {problem}", file=sys.stderr)
     _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
+
+
+class _Aside:
+    """What goes on beside a sweep: metrics to the trackers, disk space; no fault of it is one of
+    the sweep's."""
+
+    SECONDS = 10.0
+
+    def __init__(self, jobs: list[Job], out: Path, trackers: list[str], budget: int) -> None:
+        from bench.track import Follower
+
+        self._out, self._budget = out, budget
+        todo = [job.store for job in jobs if job.outcome != "skipped"]
+        self._follower: Follower | None = Follower(todo, out, trackers) if trackers else None
+        self._next = time.monotonic() + self.SECONDS
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._track(last=True)
+
+    def notice(self, job: Job | None) -> None:
+        """See `bench.sweep.Sweep.run`."""
+        if self._budget and job is not None and job.outcome not in ("pending", "running"):
+            self._thin()
+        if time.monotonic() >= self._next:
+            self._track(last=False)
+            self._next = time.monotonic() + self.SECONDS
+
+    def _thin(self) -> None:
+        from bench.sweep import size
+        from bench.tidy import keep_within, used
+
+        try:
+            removed = keep_within(self._out, self._budget)
+        except OSError as error:
+            print(f"bench: --disk-budget: {error}", file=sys.stderr)
+            return
+        if removed:
+            freed = size(sum(removal.size for removal in removed))
+            print(f"removed {len(removed)} files ({freed}) to stay within --disk-budget")
+        elif (now := used(self._out)) > self._budget:
+            print(f"bench: {self._out} holds {size(now)}, more than --disk-budget; what is left "
+                  "is needed", file=sys.stderr)  # fmt: skip
+
+    def _track(self, *, last: bool) -> None:
+        if self._follower is None:
+            return
+        try:
+            self._follower.close() if last else self._follower.pass_on()
+        except Exception as error:  # noqa: BLE001  (a tracker may raise anything, the network too)
+            print(f"bench: tracking stopped: {type(error).__name__}: {error}", file=sys.stderr)
+            self._follower = None
 
 
 def _workers(text: str, threads: int) -> int:
@@ -466,11 +561,40 @@ def report(
 
 
 @app.command()
-def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
+def status(
+    out: Out = DEFAULT_OUT,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until all is done.")] = False,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, help="Seconds between looks of --watch.")
+    ] = 2.0,
+    json: Json = False,
+) -> None:
     """One row per run: state, step, success, speed, time left, age of the last heartbeat, error.
 
-    Example: bench status --out results/runs
+    Example: bench status --out results/runs --watch
     """
+    console = _console()
+    while True:
+        rows = _status_rows(out)
+        if watch and console.is_terminal:
+            console.clear()
+        if json:
+            _print_json("status", rows)
+        elif rows:
+            _print_table(STATUS_COLUMNS, [_status_cells(row) for row in rows])
+            print(_outlook(rows))
+        else:
+            print(f"no runs below {out}")
+        if not watch or all(row["state"] in ("done", "failed", "unreadable") for row in rows):
+            return
+        sys.stdout.flush()
+        time.sleep(every)
+
+
+STATUS_COLUMNS = ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"]
+
+
+def _status_rows(out: Path) -> list[dict[str, Any]]:
     from bench.frames import run_row
     from bench.store import StoreError, find
 
@@ -493,28 +617,70 @@ def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
                 "error": row["error"],
             }
         )
+    return rows
+
+
+def _status_cells(row: dict[str, Any]) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return "" if row.get(key) is None else format(row[key], form)
+
+    left, age = row.get("eta_seconds"), row.get("heartbeat_age_seconds")
+    return [
+        row["run"], row["state"], f"{row.get('step', 0):,}/{row.get('steps_per_task', 0):,}",
+        shown("success", ".2f"), shown("steps_per_second", ".0f"),
+        "" if left is None else duration(left), "" if age is None else f"{age:.0f} s ago",
+        row["error"],
+    ]  # fmt: skip
+
+
+def _outlook(rows: list[dict[str, Any]]) -> str:
+    """How many runs are done, and how long the rest takes at the rate measured now."""
+    states = [row["state"] for row in rows]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
+    rates = [r["steps_per_second"] for r in rows if r["state"] == "running"]
+    rates = [rate for rate in rates if rate]
+    if not rates:
+        return counts
+    open_ = [r for r in rows if r["state"] in ("running", "pending", "interrupted")]
+    left = sum(r["steps_per_task"] - r["step"] for r in open_) / sum(rates)
+    longest = max(r["eta_seconds"] or 0.0 for r in rows if r["state"] == "running")
+    return f"{counts}; about {duration(max(left, longest))} left at the present rate"
+
+
+@app.command()
+def clean(
+    out: Out = DEFAULT_OUT,
+    checkpoints: Annotated[
+        bool,
+        typer.Option("--checkpoints", help="Also the last checkpoints, which bench eval reads."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and stop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove what finished runs no longer need and interrupted writes left behind; never results.
+
+    Example: bench clean --dry-run
+    """
+    from bench.store import find
+    from bench.sweep import size
+    from bench.tidy import removable, remove
+
+    if not out.is_dir():
+        raise WorkError(f"--out {out}: no such directory")
+    found = removable(find(out), checkpoints=checkpoints)
+    try:
+        freed = sum(removal.size for removal in found) if dry_run else remove(found)
+    except OSError as error:
+        raise WorkError(str(error)) from None
+    rows = [{"file": str(r.path), "bytes": r.size, "why": r.why} for r in found]
     if json:
-        _print_json("status", rows)
+        _print_json("clean", rows)
         return
-    if not rows:
-        print(f"no runs below {out}")
-        return
-    _print_table(
-        ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"],
-        [
-            [
-                row["run"], row["state"],
-                f"{row.get('step', 0):,}/{row.get('steps_per_task', 0):,}",
-                "" if row.get("success") is None else f"{row['success']:.2f}",
-                "" if not row.get("steps_per_second") else f"{row['steps_per_second']:.0f}",
-                "" if row.get("eta_seconds") is None else duration(row["eta_seconds"]),
-                "" if row.get("heartbeat_age_seconds") is None
-                else f"{row['heartbeat_age_seconds']:.0f} s ago",
-                row["error"],
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
+    for removal in found:
+        print(f"{removal.path}  {size(removal.size)}  {removal.why}")
+    print(f"{len(found)} files, {size(freed)} " + ("would be removed" if dry_run else "removed"))
 
 
 @app.command("eval")

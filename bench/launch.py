@@ -23,6 +23,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.spec import SpecError, explain, parse_overrides
+from bench.store import RunStore
 from bench.train import EXIT_FAILED, EXIT_INTERRUPTED
 from suites.base import unknown
 
@@ -182,7 +183,10 @@ class Ray:
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
-        return [_RayTask(self._ray, self._train.remote(Remote(order))) for order in orders]
+        return [
+            _RayTask(self._ray, self._train.remote(Remote(order)), RunStore(order.run))
+            for order in orders
+        ]
 
     def close(self) -> None:
         """Leave the cluster, or end it if it was started for this sweep."""
@@ -194,8 +198,8 @@ def _carry_out(order: Remote) -> int:
 
 
 class _RayTask:
-    def __init__(self, ray: Any, task: Any) -> None:
-        self._ray, self._task = ray, task
+    def __init__(self, ray: Any, task: Any, store: RunStore) -> None:
+        self._ray, self._task, self._store = ray, task, store
 
     def poll(self) -> Exit | None:
         ready, _ = self._ray.wait([self._task], timeout=0)
@@ -210,6 +214,7 @@ class _RayTask:
             return Exit(EXIT_FAILED, f"Ray: {type(error).__name__}: {first}")
 
     def stop(self) -> None:
+        self._store.ask_to_stop()  # Ray's cancelling does not reach a task that is under way
         self._ray.cancel(self._task, force=False)
 
 

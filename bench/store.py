@@ -239,6 +239,7 @@ class RunStore:
                     f"{self.path} is being trained by another process: {error}"
                 ) from None
             self._lease = lease
+            (self.state_path / "stop").unlink(missing_ok=True)
             try:
                 yield
             finally:
@@ -288,6 +289,15 @@ class RunStore:
                 self._lease.renew() if renew else self._lease.check()
             except LeaseLostError as error:
                 raise TakenOverError(str(error)) from None
+
+    def ask_to_stop(self) -> None:
+        """Ask the process that trains the run, wherever it is, to save and end."""
+        (self.state_path / "stop").touch()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether somebody asked since the run was last taken."""
+        return (self.state_path / "stop").exists()
 
     # --------------------------------------------------------------------- what it measured
 
@@ -343,7 +353,7 @@ class RunStore:
         name = f"checkpoint-{step:010d}-{zlib.crc32(data):08x}.pt"
         self._still_mine()
         write_atomically(self.state_path / name, data)
-        for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
+        for old in self.checkpoint_files()[CHECKPOINTS_KEPT:]:
             old.unlink(missing_ok=True)
         return len(data)
 
@@ -352,7 +362,7 @@ class RunStore:
 
         Warns about damaged ones. Loads tensors and plain values only, never code.
         """
-        for path in self._checkpoints():
+        for path in self.checkpoint_files():
             if loaded := _read_checkpoint(path):
                 return loaded["step"], loaded["content"]
         return None
@@ -364,7 +374,7 @@ class RunStore:
         the process that holds the run alone. Raises StoreError, and changes nothing, if there are
         checkpoints but none can be used.
         """
-        found = self._checkpoints()
+        found = self.checkpoint_files()
         for number, path in enumerate(found):
             loaded = _read_checkpoint(path)
             if loaded is None:
@@ -400,7 +410,7 @@ class RunStore:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, newest first. Warns about damaged ones."""
-        loaded = (_read_checkpoint(path) for path in self._checkpoints())
+        loaded = (_read_checkpoint(path) for path in self.checkpoint_files())
         return [content["step"] for content in loaded if content]
 
     def leftovers(self) -> list[Path]:
@@ -408,7 +418,7 @@ class RunStore:
         found = [*self.path.rglob("*.tmp"), *self.state_path.glob("checkpoint-*.damaged")]
         return sorted(found + [self.replay_path] * (self.done and self.replay_path.exists()))
 
-    def _checkpoints(self) -> list[Path]:
+    def checkpoint_files(self) -> list[Path]:
         """Checkpoint files, newest first."""
         named = re.compile(r"checkpoint-\d{10}-[0-9a-f]{8}\.pt")
         found = self.state_path.glob("checkpoint-*.pt") if self.state_path.exists() else []

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from suites.base import unknown
 POLL_SECONDS = 0.25
 FULL_DISK_BYTES = 1_000_000
 """A disk with less free space than this is full."""
+NOTIFY_SECONDS = 60.0
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -430,9 +432,44 @@ def _warnings(log: str) -> list[str]:
     return [warning for warning in found if warning]
 
 
+def notify(command: str, jobs: Sequence[Job], out: Path, *, interrupted: bool) -> str:
+    """Run the user's command at the end of a sweep; why it could not be done, or ``""``.
+
+    It finds in its environment BENCH_STATE (done, failed or interrupted), BENCH_DONE, BENCH_FAILED
+    and BENCH_RUNS (counts), BENCH_OUT and BENCH_MESSAGE.
+    """
+    done = sum(job.outcome in ("done", "skipped") for job in jobs)
+    failed = sum(job.outcome == "failed" for job in jobs)
+    state = "interrupted" if interrupted else "failed" if failed else "done"
+    message = f"sweep {state}: {done} of {len(jobs)} runs done, {failed} failed in {out}"
+    facts = {
+        "BENCH_STATE": state, "BENCH_DONE": str(done), "BENCH_FAILED": str(failed),
+        "BENCH_RUNS": str(len(jobs)), "BENCH_OUT": str(out),
+        "BENCH_MESSAGE": message,
+    }  # fmt: skip
+    try:
+        ended = subprocess.run(
+            command, shell=True, env=os.environ | facts, timeout=NOTIFY_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"--notify: {error}"
+    return f"--notify: the command ended with {ended.returncode}" if ended.returncode else ""
+
+
 def size(count: float) -> str:
     """Bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str, option: str) -> int:
+    """``20GB``, ``500M``, ``1.5 TB`` in bytes. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise SpecError(f"{option} {text!r}: expected a size such as 20GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:

@@ -425,7 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1 is needed")
     torch.set_num_threads(options.threads)
-    store, stop = RunStore(options.run), _StopRequest()
+    store = RunStore(options.run)
+    stop = _StopRequest(store)
     try:
         device = machine.resolve_device(options.device)
         train(
@@ -458,10 +459,11 @@ def watchdog(seconds: float) -> Callable[[], None]:
 
 
 class _StopRequest:
-    """True once a signal asked for the end, or the process that started this one is gone."""
+    """True once a signal or a file asked for the end, or the process that started this one is
+    gone."""
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, store: RunStore) -> None:
+        self._store, self._asked = store, False
         self._parent = os.getppid()
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -472,7 +474,7 @@ class _StopRequest:
         self._asked = True
 
     def __call__(self) -> bool:
-        return self._asked or os.getppid() != self._parent
+        return self._asked or os.getppid() != self._parent or self._store.asked_to_stop
 
 
 class _Callable(ModuleType):

@@ -62,7 +62,12 @@ def nodes() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    soon = {
+        "health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000,
+        "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3,
+    }  # fmt: skip
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
     os.environ["RAY_ADDRESS"] = cluster.address
