@@ -292,6 +292,7 @@ class RunStore:
 
     def ask_to_stop(self) -> None:
         """Ask the process that trains the run, wherever it is, to save and end."""
+        self.state_path.mkdir(exist_ok=True)
         (self.state_path / "stop").touch()
 
     @property
