@@ -59,7 +59,7 @@ class WeightsAndBiases:
 
     def __init__(self, store: RunStore, out: Path) -> None:
         spec = store.spec()
-        self._run = import_extra("wandb", "tracking").init(
+        self._run = import_extra("wandb", "wandb").init(
             project="mega-bench", id=spec.id, name=spec.directory,
             group=f"{spec.suite} {spec.title}", config=spec.model_dump(mode="json"),
             dir=str(out), resume="allow", reinit="create_new",
@@ -78,7 +78,7 @@ class MLflow:
     """A run of the experiment "mega-bench", where MLFLOW_TRACKING_URI says."""
 
     def __init__(self, store: RunStore, out: Path) -> None:
-        mlflow = import_extra("mlflow", "tracking")
+        mlflow = import_extra("mlflow", "mlflow")
         spec = store.spec()
         self._client = mlflow.MlflowClient()
         found = self._client.get_experiment_by_name("mega-bench")
@@ -123,7 +123,7 @@ def sinks(names: str) -> list[str]:
     for name in chosen:
         if name not in SINKS:
             raise SpecError("--track: " + unknown("sink", name, ["auto", "none", *SINKS]))
-        import_extra(name, "tracking")
+        import_extra(name, name)
     return list(dict.fromkeys(chosen))
 
 
