@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from bench.evaluate import Policy
+    from bench.spec import RunSpec
     from bench.speed import Cost
-    from bench.sweep import Job, Request
+    from bench.sweep import Job, Mistake, Request
     from reports import Results
     from suites.base import VectorEnv
 
@@ -53,12 +54,55 @@ Workers = Annotated[
     str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each run.")]
-Launcher = Annotated[str, typer.Option("--launcher", help="Where runs are trained: local.")]
+Launcher = Annotated[
+    str, typer.Option("--launcher", help="Where runs are trained: local, ray or slurm.")
+]
+LauncherSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--launcher-set", metavar="KEY=VALUE",
+        help="A setting of ray or slurm, such as partition=gpu or gpus_per_run=0.25. Repeatable.",
+    ),
+]  # fmt: skip
+Retries = Annotated[
+    int,
+    typer.Option("--retries", min=0, help="Start a run again whose process was killed or hung."),
+]
+SimWorkers = Annotated[
+    int, typer.Option("--sim-workers", min=0, help="Processes that each run simulates in.")
+]
+Hang = Annotated[
+    float,
+    typer.Option(
+        "--hang-seconds",
+        min=0.0,
+        help="End a run that shows no sign of life for so long; 0: never.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps per task.")]
 Seeds = Annotated[
     str | None, typer.Option("--seeds", help="5 means seeds 0 to 4; 0-9, 3,7 and 3-3 name them.")
 ]
+Track = Annotated[
+    str,
+    typer.Option(
+        "--track",
+        help="Pass metrics on to tensorboard, wandb, mlflow (comma-separated), or none; auto: to "
+        "TensorBoard event files in OUT/tensorboard if that is installed.",
+    ),
+]
+Notify = Annotated[
+    str | None,
+    typer.Option("--notify", metavar="COMMAND", help="Run at the end, with $BENCH_MESSAGE."),
+]
+DiskBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--disk-budget", metavar="SIZE",
+        help="Thin the checkpoints of finished runs while OUT holds more than this, such as 20GB.",
+    ),
+]  # fmt: skip
 OtherNumerics = Annotated[
     bool,
     typer.Option(
@@ -103,6 +147,13 @@ def run(
     threads: Threads = 1,
     device: Device = "auto",
     launcher: Launcher = "local",
+    launcher_set: LauncherSet = None,
+    retries: Retries = 0,
+    sim_workers: SimWorkers = 0,
+    hang_seconds: Hang = 900.0,
+    track: Track = "auto",
+    notify: Notify = None,
+    disk_budget: DiskBudget = None,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -111,11 +162,12 @@ def run(
     Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
     """
     from bench.spec import parse_seeds
-    from bench.sweep import Request, names, read_grid
+    from bench.sweep import Request, expand, names, read_grid
 
     overrides = _overrides(set_, steps)
+    mistakes: list[Mistake] = []
     if grid is not None:
-        requests = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
+        requests, mistakes = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
         requests = [_with_overrides(request, overrides) for request in requests]
     else:
         if algos is None or suite is None:
@@ -129,7 +181,11 @@ def run(
                 overrides=overrides,
             )
         ]  # fmt: skip
-    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+    how = How(
+        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
+        hang_seconds, track, notify, disk_budget, allow_other_numerics,
+    )  # fmt: skip
+    _sweep(expand(requests, mistakes), how, dry_run=dry_run)
 
 
 @app.command()
@@ -150,6 +206,13 @@ def ablate(
     threads: Threads = 1,
     device: Device = "auto",
     launcher: Launcher = "local",
+    launcher_set: LauncherSet = None,
+    retries: Retries = 0,
+    sim_workers: SimWorkers = 0,
+    hang_seconds: Hang = 900.0,
+    track: Track = "auto",
+    notify: Notify = None,
+    disk_budget: DiskBudget = None,
     allow_other_numerics: OtherNumerics = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -158,7 +221,7 @@ def ablate(
     Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
     """
     from bench.spec import parse_seeds
-    from bench.sweep import Request, ablations, names
+    from bench.sweep import Request, ablations, expand, names
     from suites.base import unknown
 
     shipped = ablations()
@@ -173,7 +236,11 @@ def ablate(
         for name, entry in shipped.items()
         if ablation in (name, "all")
     ]  # fmt: skip
-    _sweep(requests, out, workers, threads, device, launcher, allow_other_numerics, dry_run)
+    how = How(
+        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
+        hang_seconds, track, notify, disk_budget, allow_other_numerics,
+    )  # fmt: skip
+    _sweep(expand(requests), how, dry_run=dry_run)
 
 
 def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
@@ -194,55 +261,153 @@ def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
     return replace(request, overrides=dict(request.overrides) | overrides)
 
 
-def _sweep(
-    requests: list[Request], out: Path, workers: str, threads: int, device: str, launcher: str,
-    allow_other_numerics: bool, dry_run: bool,
-) -> None:  # fmt: skip
+class How(NamedTuple):
+    """The options of `run` and `ablate` that say how, not what."""
+
+    out: Path
+    workers: str
+    threads: int
+    device: str
+    launcher: str
+    launcher_set: list[str]
+    retries: int
+    sim_workers: int
+    hang_seconds: float
+    track: str
+    notify: str | None
+    disk_budget: str | None
+    allow_other_numerics: bool
+
+    @property
+    def train_options(self) -> list[str]:
+        """Of the runs' processes."""
+        options = [
+            "--device", self.device, "--threads", str(self.threads),
+            "--sim-workers", str(self.sim_workers), "--hang-seconds", str(self.hang_seconds),
+        ]  # fmt: skip
+        return options + ["--allow-other-numerics"] * self.allow_other_numerics
+
+
+def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     """Plan, train with progress, and end with what the runs brought."""
-    from bench import machine, references, sweep
+    from bench import launch, machine, references, sweep
     from bench.progress import Progress
     from bench.store import StoreError
-    from suites.base import unknown
+    from bench.track import sinks
 
-    if launcher != "local":
-        raise UsageError(unknown("launcher", launcher, ["local"]))
-    at_a_time = _workers(workers, threads)
+    launch.launcher_options(how.launcher, how.launcher_set)
+    budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
     try:
-        device = machine.resolve_device(device)
+        trackers = sinks(how.track)
+    except RuntimeError as error:
+        raise UsageError(f"--track: {error}") from None
+    local, out = how.launcher == "local", how.out
+    at_a_time = _workers(how.workers, how.threads)
+    try:
+        # A cluster's machines may have devices that this one lacks.
+        here = machine.resolve_device(how.device if local else "auto")
     except ValueError as error:
         raise UsageError(str(error)) from None
-    specs = sweep.expand(requests)
+    how = how._replace(device=here if how.device == "auto" else how.device)
+    environment = machine.environment(here, how.threads) if local else machine.origin()
     try:
         if not dry_run:
             sweep.writable(out)
-        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(
-            specs, out, device=device, threads=threads
-        )  # fmt: skip
+        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(specs, out, environment)
     except (StoreError, OSError) as error:
         raise WorkError(str(error)) from None
 
     console = _console()
-    costs = _costs(jobs, device, threads)
-    _print_plan(console, jobs, costs, at_a_time, out, device)
+    costs = _costs(jobs, here, how.threads)
+    _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, here)
     if dry_run:
         return
-    if problem := sweep.check_room(out, costs, jobs, at_a_time):
+    if local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
         raise WorkError(problem)
 
     started = time.time()
-    local = sweep.LocalLauncher(
-        workers=at_a_time, device=device, threads=threads,
-        allow_other_numerics=allow_other_numerics,
-    )  # fmt: skip
-    with Progress(console, jobs) as progress:
-        local.run(jobs, progress.notice)
-    if not local.interrupted and any(job.outcome != "busy" for job in jobs):
+    try:
+        launcher = launch.launcher(
+            how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
+            device=how.device,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise WorkError(str(error)) from None
+    under_way = sweep.Sweep(
+        jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
+    )
+    with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
+
+        def notice(job: Job | None) -> None:
+            progress.notice(job)
+            aside.notice(job)
+
+        under_way.run(notice)
+    launcher.close()
+    interrupted = under_way.interrupted
+    if not interrupted and any(job.outcome != "busy" for job in jobs):
         with _status(console, "evaluating the scripted experts and the random policy"):
             try:
-                references.ensure(specs, out, machine.environment(device, threads))
+                references.ensure(specs, out, machine.environment(here, how.threads))
             except (StoreError, OSError) as error:
                 print(f"bench: no reference rows: {error}", file=sys.stderr)
-    _conclude(console, jobs, out, time.time() - started, interrupted=local.interrupted)
+    if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
+        print(f"bench: {problem}", file=sys.stderr)
+    _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
+
+
+class _Aside:
+    """What goes on beside a sweep: metrics to the trackers, disk space; no fault of it is one of
+    the sweep's."""
+
+    SECONDS = 10.0
+
+    def __init__(self, jobs: list[Job], out: Path, trackers: list[str], budget: int) -> None:
+        from bench.track import Follower
+
+        self._out, self._budget = out, budget
+        todo = [job.store for job in jobs if job.outcome != "skipped"]
+        self._follower: Follower | None = Follower(todo, out, trackers) if trackers else None
+        self._next = time.monotonic() + self.SECONDS
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._track(last=True)
+
+    def notice(self, job: Job | None) -> None:
+        """See `bench.sweep.Sweep.run`."""
+        if self._budget and job is not None and job.outcome not in ("pending", "running"):
+            self._thin()
+        if time.monotonic() >= self._next:
+            self._track(last=False)
+            self._next = time.monotonic() + self.SECONDS
+
+    def _thin(self) -> None:
+        from bench.sweep import size
+        from bench.tidy import keep_within, used
+
+        try:
+            removed = keep_within(self._out, self._budget)
+        except OSError as error:
+            print(f"bench: --disk-budget: {error}", file=sys.stderr)
+            return
+        if removed:
+            freed = size(sum(removal.size for removal in removed))
+            print(f"removed {len(removed)} files ({freed}) to stay within --disk-budget")
+        elif (now := used(self._out)) > self._budget:
+            print(f"bench: {self._out} holds {size(now)}, more than --disk-budget; what is left "
+                  "is needed", file=sys.stderr)  # fmt: skip
+
+    def _track(self, *, last: bool) -> None:
+        if self._follower is None:
+            return
+        try:
+            self._follower.close() if last else self._follower.pass_on()
+        except Exception as error:  # noqa: BLE001  (a tracker may raise anything, the network too)
+            print(f"bench: tracking stopped: {type(error).__name__}: {error}", file=sys.stderr)
+            self._follower = None
 
 
 def _workers(text: str, threads: int) -> int:
@@ -293,6 +458,8 @@ def _print_plan(
         + (f" ({resumed} of them continued)" if resumed else "")
         + (f", {busy} in training elsewhere" if busy else "")
     )
+    for line in _plugins([job.spec for job in jobs]):
+        console.print(f"  {line}")
     seconds = {group(job.spec): costs[group(job.spec)].seconds for job in todo}
     for name, cost in seconds.items():
         count = sum(group(job.spec) == name for job in todo)
@@ -305,6 +472,19 @@ def _print_plan(
             f"Estimated {duration(max(total / workers, longest))} with {workers} at a time, "
             f"{sum(working[:workers]) / 1e9:.1f} GB of disk while training"
         )
+
+
+def _plugins(specs: list[RunSpec]) -> list[str]:
+    """The code of other packages that these runs execute."""
+    from bench.machine import plugins
+
+    used = {f"algorithm {spec.algorithm}" for spec in specs}
+    return [
+        f"third-party {name}: {source}"
+        for name, source in plugins().items()
+        if name in used
+        or (name.startswith("suite ") and any(f"suite {s.suite}".startswith(name) for s in specs))
+    ]
 
 
 def _remaining(job: Job, seconds: float) -> float:
@@ -486,11 +666,40 @@ def export(
 
 
 @app.command()
-def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
+def status(
+    out: Out = DEFAULT_OUT,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until all is done.")] = False,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, help="Seconds between looks of --watch.")
+    ] = 2.0,
+    json: Json = False,
+) -> None:
     """One row per run: state, step, success, speed, time left, age of the last heartbeat, error.
 
-    Example: bench status --out results/runs
+    Example: bench status --out results/runs --watch
     """
+    console = _console()
+    while True:
+        rows = _status_rows(out)
+        if watch and console.is_terminal:
+            console.clear()
+        if json:
+            _print_json("status", rows)
+        elif rows:
+            _print_table(STATUS_COLUMNS, [_status_cells(row) for row in rows])
+            print(_outlook(rows))
+        else:
+            print(f"no runs below {out}")
+        if not watch or all(row["state"] in ("done", "failed", "unreadable") for row in rows):
+            return
+        sys.stdout.flush()
+        time.sleep(every)
+
+
+STATUS_COLUMNS = ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"]
+
+
+def _status_rows(out: Path) -> list[dict[str, Any]]:
     from bench.frames import run_row
     from bench.store import StoreError, find
 
@@ -513,28 +722,70 @@ def status(out: Out = DEFAULT_OUT, json: Json = False) -> None:
                 "error": row["error"],
             }
         )
+    return rows
+
+
+def _status_cells(row: dict[str, Any]) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return "" if row.get(key) is None else format(row[key], form)
+
+    left, age = row.get("eta_seconds"), row.get("heartbeat_age_seconds")
+    return [
+        row["run"], row["state"], f"{row.get('step', 0):,}/{row.get('steps_per_task', 0):,}",
+        shown("success", ".2f"), shown("steps_per_second", ".0f"),
+        "" if left is None else duration(left), "" if age is None else f"{age:.0f} s ago",
+        row["error"],
+    ]  # fmt: skip
+
+
+def _outlook(rows: list[dict[str, Any]]) -> str:
+    """How many runs are done, and how long the rest takes at the rate measured now."""
+    states = [row["state"] for row in rows]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
+    rates = [r["steps_per_second"] for r in rows if r["state"] == "running"]
+    rates = [rate for rate in rates if rate]
+    if not rates:
+        return counts
+    open_ = [r for r in rows if r["state"] in ("running", "pending", "interrupted")]
+    left = sum(r["steps_per_task"] - r["step"] for r in open_) / sum(rates)
+    longest = max(r["eta_seconds"] or 0.0 for r in rows if r["state"] == "running")
+    return f"{counts}; about {duration(max(left, longest))} left at the present rate"
+
+
+@app.command()
+def clean(
+    out: Out = DEFAULT_OUT,
+    checkpoints: Annotated[
+        bool,
+        typer.Option("--checkpoints", help="Also the last checkpoints, which bench eval reads."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and stop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove what finished runs no longer need and interrupted writes left behind; never results.
+
+    Example: bench clean --dry-run
+    """
+    from bench.store import find
+    from bench.sweep import size
+    from bench.tidy import removable, remove
+
+    if not out.is_dir():
+        raise WorkError(f"--out {out}: no such directory")
+    found = removable(find(out), checkpoints=checkpoints)
+    try:
+        freed = sum(removal.size for removal in found) if dry_run else remove(found)
+    except OSError as error:
+        raise WorkError(str(error)) from None
+    rows = [{"file": str(r.path), "bytes": r.size, "why": r.why} for r in found]
     if json:
-        _print_json("status", rows)
+        _print_json("clean", rows)
         return
-    if not rows:
-        print(f"no runs below {out}")
-        return
-    _print_table(
-        ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"],
-        [
-            [
-                row["run"], row["state"],
-                f"{row.get('step', 0):,}/{row.get('steps_per_task', 0):,}",
-                "" if row.get("success") is None else f"{row['success']:.2f}",
-                "" if not row.get("steps_per_second") else f"{row['steps_per_second']:.0f}",
-                "" if row.get("eta_seconds") is None else duration(row["eta_seconds"]),
-                "" if row.get("heartbeat_age_seconds") is None
-                else f"{row['heartbeat_age_seconds']:.0f} s ago",
-                row["error"],
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
+    for removal in found:
+        print(f"{removal.path}  {size(removal.size)}  {removal.why}")
+    print(f"{len(found)} files, {size(freed)} " + ("would be removed" if dry_run else "removed"))
 
 
 @app.command("eval")
@@ -883,6 +1134,46 @@ def doctor(
             [[r["check"], r["result"], r["value"], r["advice"]] for r in rows],
         )
     if any(row["result"] == "bad" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run's directory, or a part of its path below OUT.")],
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Per task; default: until updates were logged twice."),
+    ] = None,
+    out: Out = DEFAULT_OUT,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train the first steps of a recorded run again and compare every byte that they measure.
+
+    Example: bench verify mt10_rand/mega/0
+    """
+    from bench import machine
+    from bench.store import StoreError, open_run
+    from bench.verify import steps_to_verify
+    from bench.verify import verify as again
+
+    store = open_run(out, run)
+    try:
+        chosen = machine.resolve_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        verdict = again(store, steps or steps_to_verify(store.spec()), chosen)
+    except (StoreError, OSError) as error:
+        raise WorkError(str(error)) from None
+    if json:
+        _print_json("verify", [verdict._asdict()])
+    else:
+        compared = f"{verdict.rows:,} rows and {verdict.probes} probes up to step {verdict.steps:,}"
+        print(f"{verdict.difference or 'equal to the byte'} ({compared})")
+        for change in verdict.numerics:
+            print(f"other numerics than recorded, which may change bytes: {change}")
+    if verdict.difference:
         raise typer.Exit(1)
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import algorithms
 from bench import machine
 from bench.frames import health_of, state_of
-from bench.store import RunStore, StoreError
+from bench.spec import RunSpec
+from bench.store import METRICS_HEADER, RunStore, StoreError
 
 Check = dict[str, Any]
 """check, result (good | note | bad), value, advice."""
+
+RESTORE = "restore it from a copy, or delete the run's folder and train it again"
 
 
 def machine_checks(out: Path) -> list[Check]:
@@ -72,29 +81,124 @@ def run_checks(store: RunStore) -> list[Check]:
     checks.append(_check("state", "bad" if state == "failed" else "good", state, advice))
     if status.get("error"):
         checks.append(_check("error", "bad", status["error"]))
-    if state not in ("done", "pending"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loaded = store.load_checkpoint()
-        checks += [
-            _check("checkpoint", "bad", str(warning.message), "the one before it is used")
-            for warning in caught
-        ]
-        where = "none yet" if loaded is None else f"step {loaded[0]:,}"
-        checks.append(_check("checkpoint", "note" if loaded is None else "good", where))
-    for name in ("metrics.csv", "timing.csv"):
-        path = store.path / name
-        lines = path.read_bytes() if path.exists() else b""
-        whole = not lines or lines.endswith(b"\n")
-        checks.append(
-            _check(name, "good" if whole else "bad", f"{lines.count(10):,} lines",
-                   "" if whole else "its last line is cut; resuming repairs it")
-        )  # fmt: skip
-    for finding in health_of(store):
+    checks += [
+        _identity(store, spec), _lease(store), *_checkpoints(store, state), _metrics(store, spec),
+        _whole_lines(store, "timing.csv"), _probes(store), *_sums(store, state), _leftovers(store),
+    ]  # fmt: skip
+    for finding in health_of(store) if all(c["result"] != "bad" for c in checks) else []:
         checks.append(
             _check(finding["check"], finding["result"], finding["verdict"], finding["advice"])
         )
     return checks
+
+
+def _identity(store: RunStore, spec: RunSpec) -> Check:
+    """The id that the recorded values have here, and the one that the run was recorded under."""
+    if spec.algorithm not in algorithms.names():
+        return _check(
+            "id", "note", f"{spec.id}; algorithm {spec.algorithm!r} is not here to compare"
+        )
+    try:
+        now = spec.with_seed(spec.seed).id
+    except ValueError as error:
+        return _check("id", "bad", f"the values are not of this version: {error}",
+                      "read the run with the version in its spec.json")  # fmt: skip
+    if now != spec.id or not store.path.name.endswith(f"-{spec.id}"):
+        value = f"recorded as {spec.id} in {store.path.name}, its values give {now}"
+        return _check("id", "bad", value,
+                      "spec.json was edited, or is of a version with other defaults")  # fmt: skip
+    return _check("id", "good", f"{spec.id} is that of its values")
+
+
+def _lease(store: RunStore) -> Check:
+    if store.busy:
+        return _check("held", "note", "by a process of this machine")
+    if elsewhere := store.elsewhere:
+        return _check("held", "note", f"by a process on {elsewhere}, if that is alive",
+                      "bench run takes over when it shows no sign of life")  # fmt: skip
+    return _check("held", "good", "by nobody")
+
+
+def _checkpoints(store: RunStore, state: str) -> list[Check]:
+    """Every checkpoint there is, read and compared with its checksum."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps = store.checkpoint_steps()
+    checks = [
+        _check("checkpoint", "bad", str(warning.message), "the one before it is used")
+        for warning in caught
+    ]
+    if steps:
+        value = "whole: step " + ", ".join(f"{step:,}" for step in steps)
+        return [*checks, _check("checkpoints", "good", value)]
+    advice = "bench eval cannot evaluate it again" if state == "done" else ""
+    return [*checks, _check("checkpoints", "note", "none", advice)]
+
+
+def _metrics(store: RunStore, spec: RunSpec) -> Check:
+    """Each line of metrics.csv, and that a finished run has its final evaluation."""
+    whole = _whole_lines(store, "metrics.csv")
+    if whole["result"] == "bad":
+        return whole
+    path, before, final = store.path / "metrics.csv", 0, 0
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    if lines and lines[0] != METRICS_HEADER.decode().strip():
+        return _check("metrics.csv", "bad", f"line 1 is {lines[0][:60]!r}", RESTORE)
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            step, kind, _, metric, value, count = line.split(",")
+            fine = before <= int(step) <= spec.protocol.steps_per_task
+            fine &= math.isfinite(float(value)) and float(count) > 0
+            fine &= metric != "success" or 0 <= float(value) <= float(count)
+        except ValueError:
+            fine = False
+        if not fine:
+            return _check("metrics.csv", "bad", f"line {number} is {line[:60]!r}", RESTORE)
+        before = int(step)
+        final += kind == "final" and metric == "success"
+    if store.done and spec.algorithm in algorithms.names():
+        tasks = spec.make_suite().spec.num_tasks
+        if final != tasks:
+            value = f"the final evaluation has {final} of {tasks} tasks"
+            return _check("metrics.csv", "bad", value, RESTORE)
+    return whole
+
+
+def _whole_lines(store: RunStore, name: str) -> Check:
+    path = store.path / name
+    content = path.read_bytes() if path.exists() else b""
+    whole = not content or content.endswith(b"\n")
+    return _check(name, "good" if whole else "bad", f"{content.count(10):,} lines",
+                  "" if whole else "its last line is cut; resuming repairs it")  # fmt: skip
+
+
+def _probes(store: RunStore) -> Check:
+    paths = sorted(store.probe_path.glob("*.npz"))
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                for name in arrays.files:
+                    arrays[name]
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            return _check("probe", "bad", f"{path.name}: {type(error).__name__}: {error}", RESTORE)
+    return _check("probe", "good", f"{len(paths)} files")
+
+
+def _sums(store: RunStore, state: str) -> list[Check]:
+    problems = store.damaged()
+    if problems is None:
+        if state != "done":
+            return []
+        return [_check("checksums", "note", "none: recorded before there were any")]
+    if not problems:
+        return [_check("checksums", "good", "all results are as they were recorded")]
+    return [_check("checksums", "bad", problem, RESTORE) for problem in problems]
+
+
+def _leftovers(store: RunStore) -> Check:
+    found = store.leftovers()
+    return _check("leftovers", "note" if found else "good", f"{len(found)} files",
+                  "bench clean removes them" if found else "")  # fmt: skip
 
 
 def _simulator() -> Check:

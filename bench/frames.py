@@ -113,12 +113,21 @@ def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
         row=row,
         metrics=wanted,
         timing=None if timing is None else timing.assign(**key),
-        health=[{"run": name} | line for line in health_rows(store, metrics, probes)],
+        health=[
+            {"run": name} | line for line in (*_damage(store), *health_rows(store, metrics, probes))
+        ],
         probes=probes,
         trace=arrays,
         tasks=() if metrics is None else tuple(map(str, metrics["task"].unique())),
         clips={film.stem: film for film in sorted((store.path / VIDEO).glob("*.*"))},
     )
+
+
+def _damage(store: RunStore) -> Iterator[dict[str, str]]:
+    """What happened to the files of a finished run since."""
+    advice = "restore the file, or delete the run and train it again"
+    for problem in store.damaged() or []:
+        yield Finding("files", "bad", f"{problem} since the run was done", advice)._asdict()
 
 
 TRAINING_POINTS = 100

@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,34 @@ def numerics(device: str, threads: int) -> dict[str, str]:
     }
 
 
+def plugins() -> dict[str, str]:
+    """Algorithms and suites of other installed packages: what registers them, and which package.
+
+    ``"algorithm deep"`` -> ``"deep:Deep of deep 0.1"``. The prefix of its suites' names stands for
+    a package's suites.
+    """
+    return {
+        f"{kind} {point.name}": f"{point.value} of "
+        + (f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package")
+        for kind in ("algorithm", "suite")
+        for point in entry_points(group=f"mega_bench.{kind}s")
+    }
+
+
+def origin() -> dict[str, Any]:
+    """What is known of a run's environment before it is known where it will be trained."""
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Everything above, for spec.json."""
     return {
         "versions": versions(),
         "hardware": hardware(device),
         "git_commit": git_commit(),
+        "plugins": plugins(),
         "numerics": numerics(device, threads),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **origin(),
     }
 
 

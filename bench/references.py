@@ -54,6 +54,7 @@ def measure(spec: RunSpec, store: RunStore) -> None:
     envs.close()
     store.resume()
     store.append_metrics(outcome.rows(0, "reference", suite.spec.task_names))
+    store.finish()
     store.write_status("done", step=0, steps=0, time=time.time(),
                        success=float(outcome.success.mean()))  # fmt: skip
 

@@ -13,7 +13,8 @@ import math
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -40,6 +41,31 @@ M = TypeVar("M", bound=BaseModel)
 
 class SpecError(ValueError):
     """A request that names something that does not exist or does not fit."""
+
+
+class _Problems:
+    """Keeps the SpecErrors of ``with problems:`` blocks, so that others can be found as well."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, SpecError):
+            self.lines += str(error).splitlines()
+        return isinstance(error, SpecError)
+
+
+@contextmanager
+def collected() -> Iterator[_Problems]:
+    """Run several checks (``with problems: check()``), then raise what all of them found wrong as
+    one SpecError, a line each."""
+    problems = _Problems()
+    yield problems
+    if problems.lines:
+        raise SpecError("\n".join(dict.fromkeys(problems.lines)))
 
 
 class Protocol(BaseModel):
@@ -165,8 +191,8 @@ class RunSpec(BaseModel):
 
     @property
     def directory(self) -> str:
-        """The run's path below the output directory."""
-        return f"{self.suite}/{self.label}/{self.seed}-{self.id}"
+        """The run's path below the output directory, which no name can lead out of."""
+        return f"{folder(self.suite)}/{folder(self.label)}/{self.seed}-{folder(self.id)}"
 
     @property
     def title(self) -> str:
@@ -226,14 +252,19 @@ class RunSpec(BaseModel):
         """
         if seed < 0:
             raise SpecError(f"seed {seed}: seeds start at 0")
-        chosen = preset(preset_name)
         name, _, variant = algorithm.partition("@")
-        agent = _agent(name)
-        mine = _for_algorithm(overrides or {}, name, agent)
-        try:
-            shape = suites.load(suite).spec
-        except ValueError as error:
-            raise SpecError(str(error)) from None
+        with collected() as problems:
+            with problems:
+                chosen = preset(preset_name)
+            with problems:
+                agent = _agent(name)
+            with problems:
+                shape = _shape(suite)
+        with collected() as problems:
+            with problems:
+                mine = _for_algorithm(overrides or {}, name, agent)
+            with problems:
+                variant_values(agent, name, variant)
         large = chosen.protocol_large if shape.num_tasks > LARGE_SUITE else {}
 
         def values(
@@ -246,8 +277,11 @@ class RunSpec(BaseModel):
                 f"variant {variant}": {k: v for k, v in of_variant.items() if k not in matches},
                 "user": changes,
             }
-            protocol, sources = _build(Protocol, layers, "protocol")
-            config, more = _build(agent.Config, layers, name)
+            with collected() as problems:
+                with problems:
+                    protocol, sources = _build(Protocol, layers, "protocol")
+                with problems:
+                    config, more = _build(agent.Config, layers, name)
             try:
                 config = config.for_run(shape, protocol.plan)
             except ValueError as error:
@@ -324,15 +358,15 @@ def parse_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(items: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """``key=value`` strings as a mapping; raises SpecError on a malformed or repeated key."""
     overrides: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise SpecError(f"--set {item!r}: expected key=value, such as gamma=0.98")
+            raise SpecError(f"{option} {item!r}: expected key=value, such as gamma=0.98")
         if key.strip() in overrides:
-            raise SpecError(f"--set {key.strip()} is given twice")
+            raise SpecError(f"{option} {key.strip()} is given twice")
         overrides[key.strip()] = parse_value(text.strip())
     return overrides
 
@@ -370,6 +404,22 @@ def _agent(name: str) -> type[Agent]:
         raise SpecError(str(error)) from None
 
 
+def _shape(suite: str) -> SuiteSpec:
+    try:
+        return suites.load(suite).spec
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+
+
+def folder(name: str) -> str:
+    """``name`` as one folder of a path: itself, or, if it could not be one or lead elsewhere, what
+    of it can be, with a hash of the whole."""
+    if re.fullmatch(r"[A-Za-z0-9_@:+=,-][A-Za-z0-9_@:+=,.-]{0,149}", name):
+        return name
+    plain = re.sub(r"[^A-Za-z0-9_@:+=,-]", "_", name)[:100]
+    return f"{plain}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def _id(suite: str, algorithm: str, seed: int, protocol: Protocol, config: AgentConfig) -> str:
     identity = {
         "suite": suite,
@@ -386,15 +436,18 @@ def _for_algorithm(overrides: Mapping[str, Any], name: str, agent: type[Agent]) 
     """The overrides that concern algorithm ``name``; raises SpecError on a field it lacks."""
     fields = [*Protocol.model_fields, *agent.Config.model_fields]
     mine: dict[str, Any] = {}
+    problems: list[str] = []
     for key, value in overrides.items():
         owner, dot, field = key.rpartition(".")
         if dot and owner != name:
             if owner not in algorithms.names():
-                raise SpecError(unknown("algorithm", owner, algorithms.names()))
-            continue
-        if field not in fields:
-            raise SpecError(f"{name}: " + unknown("field", field, fields))
-        mine[field] = value
+                problems.append(unknown("algorithm", owner, algorithms.names()))
+        elif field not in fields:
+            problems.append(f"{name}: " + unknown("field", field, fields))
+        else:
+            mine[field] = value
+    if problems:
+        raise SpecError("\n".join(problems))
     return mine
 
 
@@ -407,12 +460,15 @@ def _build(
     for layer, content in layers.items():
         for field in content.keys() & model.model_fields.keys():
             values[field], sources[field] = content[field], layer
-            if isinstance(content[field], float) and not math.isfinite(content[field]):
-                raise SpecError(f"{owner}: {field}={content[field]}: not a finite number")
+    strange = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    problems = [f"{owner}: {k}={values.pop(k)}: not a finite number" for k in strange]
     try:
-        return model(**values), sources
+        built = model(**values)
     except ValidationError as error:
-        raise SpecError("; ".join(_explain(owner, problem) for problem in error.errors())) from None
+        problems += [explain(owner, problem) for problem in error.errors()]
+    if problems:
+        raise SpecError("\n".join(problems))
+    return built, sources
 
 
 @cache
@@ -441,7 +497,8 @@ def _matching_size(
     return low if low and -excess(low) < excess(high) else high
 
 
-def _explain(owner: str, problem: Any) -> str:
+def explain(owner: str, problem: Any) -> str:
+    """One of pydantic's errors, naming the field and its value."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return f"{owner}: {message}"

@@ -2,19 +2,25 @@
 
 ``spec.json`` what the run is and where it ran; ``status.json`` how it stands; ``metrics.csv`` what
 it measured, free of wall-clock; ``timing.csv`` what depends on the clock; ``probe/`` arrays for the
-figures; ``state/`` checkpoints and replay, not needed once the run is done.
+figures; ``SHA256SUMS`` of all that, once the run is done (``sha256sum -c`` reads it); ``state/``
+checkpoints, replay and lease, not needed once the run is done.
+
+Everything that a later step relies on reaches the disk before that step: metrics and probes before
+the checkpoint that counts on them, a file's content before the name that it replaces.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
 import re
+import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +28,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from bench.lease import (
+    LEASE_SECONDS,
+    POLL_SECONDS,
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    held_elsewhere,
+)
 from bench.spec import SCHEMA, RunSpec, SpecError
 
 State = Literal["pending", "running", "interrupted", "failed", "done"]
@@ -29,6 +43,9 @@ State = Literal["pending", "running", "interrupted", "failed", "done"]
 METRICS_HEADER = b"step,kind,task,metric,value,count\n"
 TIMING_HEADER = b"step,section,seconds\n"
 CHECKPOINTS_KEPT = 2
+SUMS = "SHA256SUMS"
+LOOK_SECONDS = 0.5
+"""For so long another process may hold the lock just to see whether the run is held."""
 
 
 class Row(NamedTuple):
@@ -50,6 +67,10 @@ class BusyError(StoreError):
     """Another process is training this run."""
 
 
+class TakenOverError(BusyError):
+    """Another process is training this run now, which this one was training until then."""
+
+
 class RunStore:
     """The directory of one run."""
 
@@ -58,6 +79,7 @@ class RunStore:
         self.state_path = path / "state"
         self.probe_path = path / "probe"
         self.replay_path = self.state_path / "replay.bin"
+        self._lease: Lease | None = None
 
     # --------------------------------------------------------------------------- what it is
 
@@ -83,6 +105,16 @@ class RunStore:
         }
         write_atomically(store.path / "spec.json", _json(content))
         return store
+
+    def record_environment(self, environment: Callable[[], dict[str, Any]]) -> None:
+        """Note where the run is trained, unless that is known: it was prepared on the machine that
+        trains it, or began elsewhere before."""
+        content = self.description()
+        known = content.setdefault("environment", {})
+        if "numerics" not in known:
+            content["environment"] = environment() | known
+            self._still_mine()
+            write_atomically(self.path / "spec.json", _json(content))
 
     def description(self) -> dict[str, Any]:
         """The content of spec.json. Raises StoreError if it is missing or damaged."""
@@ -117,17 +149,68 @@ class RunStore:
         return status if isinstance(status, dict) else {"state": "pending"}
 
     def write_status(self, state: State, **facts: Any) -> None:
-        """Replace status.json."""
-        write_atomically(self.path / "status.json", _json({"state": state} | facts), sync=False)
+        """Replace status.json, and renew the lease of a process that holds the run."""
+        self._still_mine(renew=True)
+        # A run whose last word is lost with the power is resumed; one that is done must stay so.
+        content = _json({"state": state} | facts)
+        write_atomically(self.path / "status.json", content, sync=state == "done")
 
     def finish(self) -> None:
-        """Make what was measured outlast a power failure; the status may say done after this."""
-        for name in ("metrics.csv", "timing.csv"):
-            self._sync(name)
+        """Seal what was measured with its checksums; the status may say done after this."""
+        for path in self._results():
+            self._sync(str(path.relative_to(self.path)))
+        lines = [f"{_sha256(path)}  {path.relative_to(self.path)}\n" for path in self._results()]
+        self._still_mine()
+        write_atomically(self.path / SUMS, "".join(lines).encode())
+
+    def damaged(self) -> list[str] | None:
+        """Results that are not as they were when the run was done, each with what is wrong.
+
+        None if the run has no checksums: it is not done, or was recorded before there were any.
+        """
+        try:
+            lines = (self.path / SUMS).read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            return [f"{SUMS} cannot be read: {error}"]
+        sums: dict[str, str] = {}
+        for line in lines:
+            found = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
+            if not found:
+                return [f"{SUMS} is damaged: {line[:80]!r}"]
+            sums[found[2]] = found[1]
+        there = {str(path.relative_to(self.path)): path for path in self._results()}
+        problems = [f"{name} is gone" for name in sums if name not in there]
+        problems += [f"{name} was added" for name in there if name not in sums]
+        return problems + [
+            f"{name} was changed"
+            for name, path in there.items()
+            if name in sums and _sha256(path) != sums[name]
+        ]
+
+    def _results(self) -> list[Path]:
+        """The files that a report reads."""
+        found = [self.path / name for name in ("spec.json", "metrics.csv", "timing.csv")]
+        return [path for path in found if path.exists()] + sorted(self.probe_path.glob("*.npz"))
 
     def drop_replay(self) -> None:
         """Give back the replay's disk space; a finished run is never resumed."""
         self.replay_path.unlink(missing_ok=True)
+
+    def log_length(self) -> int:
+        """Bytes that the run's processes have logged. Raises OSError if they could not."""
+        with (self.path / "log.txt").open("ab") as log:
+            return log.tell()
+
+    def log_since(self, start: int) -> str:
+        """What was logged after the first ``start`` bytes."""
+        try:
+            with (self.path / "log.txt").open("rb") as log:
+                log.seek(start)
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
 
     @property
     def done(self) -> bool:
@@ -135,32 +218,87 @@ class RunStore:
         return self.status().get("state") == "done"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises BusyError if another holds it.
+    def locked(
+        self, *, expires: float | None = LEASE_SECONDS, wait: float = LOOK_SECONDS
+    ) -> Iterator[None]:
+        """Hold the run for this process, on this machine by the kernel's lock, which ends however
+        the process ends, and between machines by a lease (see `bench.lease`).
 
-        The kernel gives the lock back however the process ends.
+        ``expires``: seconds after which a silent holder on another machine counts as dead; None:
+        never. ``wait``: seconds to wait for a process of this machine to end. Raises BusyError if
+        another process holds the run; TakenOverError is raised within, by whatever writes, once
+        another process has taken over.
         """
         self.state_path.mkdir(parents=True, exist_ok=True)
         with (self.state_path / "lock").open("a") as file:
+            locked = self._lock(file.fileno(), wait)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lease = Lease.take(self.state_path, expires=expires, locked=locked)
+            except LeaseHeldError as error:
+                raise BusyError(
+                    f"{self.path} is being trained by another process: {error}"
+                ) from None
+            self._lease = lease
+            (self.state_path / "stop").unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                self._lease = None
+                lease.release()
+
+    def _lock(self, descriptor: int, wait: float) -> bool:
+        """Take the file lock; False if the file system has none, BusyError if another has it."""
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BusyError(f"{self.path} is being trained by another process") from None
-            yield
+                if time.monotonic() >= deadline:
+                    raise BusyError(f"{self.path} is being trained by another process") from None
+                time.sleep(min(POLL_SECONDS, wait))
+            except OSError:
+                return False
+            else:
+                return True
 
     @property
     def busy(self) -> bool:
-        """Whether a process holds the run."""
+        """Whether a process of this machine holds the run."""
         try:
-            file = (self.state_path / "lock").open("a")
+            file = (self.state_path / "lock").open()
         except OSError:
             return False
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
+            except OSError:
+                pass
         return False
+
+    @property
+    def elsewhere(self) -> str:
+        """The other machine that holds the run, dead or alive, or ``""``."""
+        return held_elsewhere(self.state_path)
+
+    def _still_mine(self, *, renew: bool = False) -> None:
+        """Raise TakenOverError if this process held the run and another has taken over."""
+        if self._lease:
+            try:
+                self._lease.renew() if renew else self._lease.check()
+            except LeaseLostError as error:
+                raise TakenOverError(str(error)) from None
+
+    def ask_to_stop(self) -> None:
+        """Ask the process that trains the run, wherever it is, to save and end."""
+        self.state_path.mkdir(exist_ok=True)
+        (self.state_path / "stop").touch()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether somebody asked since the run was last taken."""
+        return (self.state_path / "stop").exists()
 
     # --------------------------------------------------------------------- what it measured
 
@@ -178,12 +316,14 @@ class RunStore:
 
     def _append(self, name: str, header: bytes, text: str) -> None:
         path = self.path / name
+        self._still_mine()
         with naming(path), path.open("ab") as file:
             file.write((header if file.tell() == 0 else b"") + text.encode())
 
     def _sync(self, name: str) -> int:
         """Bring a file to the disk; its length."""
         path = self.path / name
+        self._still_mine()
         with naming(path), path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
@@ -192,10 +332,11 @@ class RunStore:
         """Replace probe/``name``.npz; equal arrays give equal bytes."""
         if not arrays:
             return
+        self._still_mine()
         self.probe_path.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        write_atomically(self.probe_path / f"{name}.npz", buffer.getvalue(), sync=False)
+        write_atomically(self.probe_path / f"{name}.npz", buffer.getvalue())
 
     # --------------------------------------------------------------------------- checkpoints
 
@@ -211,8 +352,9 @@ class RunStore:
         torch.save({"step": step, "lengths": lengths, "content": content}, buffer)
         data = buffer.getbuffer()
         name = f"checkpoint-{step:010d}-{zlib.crc32(data):08x}.pt"
+        self._still_mine()
         write_atomically(self.state_path / name, data)
-        for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
+        for old in self.checkpoint_files()[CHECKPOINTS_KEPT:]:
             old.unlink(missing_ok=True)
         return len(data)
 
@@ -221,7 +363,7 @@ class RunStore:
 
         Warns about damaged ones. Loads tensors and plain values only, never code.
         """
-        for path in self._checkpoints():
+        for path in self.checkpoint_files():
             if loaded := _read_checkpoint(path):
                 return loaded["step"], loaded["content"]
         return None
@@ -233,7 +375,7 @@ class RunStore:
         the process that holds the run alone. Raises StoreError, and changes nothing, if there are
         checkpoints but none can be used.
         """
-        found = self._checkpoints()
+        found = self.checkpoint_files()
         for number, path in enumerate(found):
             loaded = _read_checkpoint(path)
             if loaded is None:
@@ -256,6 +398,8 @@ class RunStore:
 
     def _cut_back(self, step: int, lengths: dict[str, int]) -> None:
         """Forget what was measured after ``step``."""
+        self._still_mine()
+        (self.path / SUMS).unlink(missing_ok=True)
         for name in ("metrics.csv", "timing.csv"):
             if (self.path / name).exists():
                 os.truncate(self.path / name, lengths[name])
@@ -265,7 +409,17 @@ class RunStore:
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
 
-    def _checkpoints(self) -> list[Path]:
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that are whole, newest first. Warns about damaged ones."""
+        loaded = (_read_checkpoint(path) for path in self.checkpoint_files())
+        return [content["step"] for content in loaded if content]
+
+    def leftovers(self) -> list[Path]:
+        """What interrupted writes and damage have left behind; nobody reads it."""
+        found = [*self.path.rglob("*.tmp"), *self.state_path.glob("checkpoint-*.damaged")]
+        return sorted(found + [self.replay_path] * (self.done and self.replay_path.exists()))
+
+    def checkpoint_files(self) -> list[Path]:
         """Checkpoint files, newest first."""
         named = re.compile(r"checkpoint-\d{10}-[0-9a-f]{8}\.pt")
         found = self.state_path.glob("checkpoint-*.pt") if self.state_path.exists() else []
@@ -292,6 +446,11 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 def _warn_skipped(path: Path, why: str) -> None:
     warnings.warn(f"skipping the damaged checkpoint {path}: {why}", RuntimeWarning, stacklevel=3)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _length(path: Path) -> int:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import machine
-from bench.spec import RunSpec, SpecError, parse_seeds
+from bench.launch import Exit, Handle, Launcher, Order
+from bench.spec import RunSpec, SpecError, parse_seeds, preset_names
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
 from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
@@ -25,6 +26,7 @@ from suites.base import unknown
 POLL_SECONDS = 0.25
 FULL_DISK_BYTES = 1_000_000
 """A disk with less free space than this is full."""
+NOTIFY_SECONDS = 60.0
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -39,43 +41,86 @@ class Request:
     seeds: Sequence[int]
     preset: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    """Where it was asked for, for messages."""
 
-    def expand(self) -> tuple[list[RunSpec], list[str]]:
+    def expand(self) -> tuple[list[RunSpec], list[Mistake]]:
         """The runs, seed by seed so that all algorithms advance together, and what is wrong."""
-        specs, problems = [], []
+        specs: list[RunSpec] = []
+        mistakes = []
+        owners = {name.partition("@")[0] for name in self.algorithms}
         for key in self.overrides:
             owner, dot, _ = key.rpartition(".")
-            if dot and owner not in {name.partition("@")[0] for name in self.algorithms}:
-                problems.append(
-                    f"--set {key}: no algorithm {owner!r} in this sweep "
-                    f"({', '.join(self.algorithms)})"
-                )
+            if dot and owner not in owners:
+                known = ", ".join(self.algorithms)
+                problem = f"--set {key}: no algorithm {owner!r} in this sweep ({known})"
+                mistakes.append(Mistake(self.place, problem))
+        overrides = {
+            key: value
+            for key, value in self.overrides.items()
+            if "." not in key or key.rpartition(".")[0] in owners
+        }
         for suite in self.suites:
             for algorithm in self.algorithms:
                 try:
                     first = RunSpec.resolve(
                         algorithm, suite, self.seeds[0],
-                        preset_name=self.preset, overrides=self.overrides,
+                        preset_name=self.preset, overrides=overrides,
                     )  # fmt: skip
                 except SpecError as error:
-                    problems.append(str(error))
+                    mistakes += [
+                        Mistake(self.place, line, algorithm.partition("@")[0])
+                        for line in str(error).splitlines()
+                    ]
                     continue
                 specs += [first, *(first.with_seed(seed) for seed in self.seeds[1:])]
         order = {seed: rank for rank, seed in enumerate(self.seeds)}
-        return sorted(specs, key=lambda spec: order[spec.seed]), problems
+        return sorted(specs, key=lambda spec: order[spec.seed]), mistakes
 
 
-def expand(requests: Iterable[Request]) -> list[RunSpec]:
-    """All runs of the requests, each once. Raises SpecError with everything that is wrong."""
+class Mistake(NamedTuple):
+    """Something wrong with a request."""
+
+    place: str
+    problem: str
+    algorithm: str = ""
+    """For which it was found."""
+
+
+def told(mistakes: Iterable[Mistake]) -> str:
+    """The mistakes, a line each; one that was found for several algorithms or places is told once
+    with all of them."""
+    found: dict[tuple[str, bool], tuple[dict[str, None], dict[str, None]]] = {}
+    for place, problem, algorithm in mistakes:
+        own = problem.removeprefix(f"{algorithm}: ")
+        of_algorithm = own != problem
+        if of_algorithm:
+            # Which fields there are differs between algorithms; that this is none does not.
+            own = re.sub(r" \(allowed: .*", "", own) if own.startswith("unknown field") else own
+        names, places = found.setdefault((own, of_algorithm), ({}, {}))
+        names.setdefault(algorithm)
+        places.setdefault(place)
+    lines = []
+    for (problem, of_algorithm), (names, places) in found.items():
+        where = ", ".join(place for place in places if place)
+        who = ", ".join(names) if of_algorithm else ""
+        hint = f" (bench show {next(iter(names))} lists them)" * problem.startswith("unknown field")
+        lines.append(": ".join(part for part in (where, who, problem + hint) if part))
+    return "\n".join(lines)
+
+
+def expand(requests: Iterable[Request], mistakes: Iterable[Mistake] = ()) -> list[RunSpec]:
+    """All runs of the requests, each once. Raises SpecError with everything that is wrong, what was
+    found before (``mistakes``) included."""
     specs: dict[str, RunSpec] = {}
-    problems: list[str] = []
+    mistakes = list(mistakes)
     for request in requests:
         found, wrong = request.expand()
-        problems += [problem for problem in wrong if problem not in problems]
+        mistakes += wrong
         for spec in found:
             specs.setdefault(spec.id, spec)
-    if problems:
-        raise SpecError("\n".join(problems))
+    if mistakes:
+        raise SpecError(told(mistakes))
     return list(specs.values())
 
 
@@ -89,63 +134,92 @@ def read_grid(
     suite: str | None = None,
     seeds: str | None = None,
     preset: str | None = None,
-) -> list[Request]:
+) -> tuple[list[Request], list[Mistake]]:
     """The requests of a TOML grid: ``algos``, ``suite``, ``seeds``, ``preset`` and a table ``set``
     at the top, refined in each ``[[runs]]``. What is given here wins over both.
 
-    Raises SpecError with all errors of the file at once.
+    What is wrong comes with it, for `expand` to tell together with what the requests have wrong.
+    Raises SpecError if the file cannot be read at all.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"cannot read the grid {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError(f"{path} is not TOML: {error}") from None
     given = {"algos": algos, "suite": suite, "seeds": seeds, "preset": preset}
-    problems: list[str] = []
-    requests = []
-    for number, entry in enumerate(data.get("runs", [{}]), start=1):
-        place = f"{path}, runs[{number}]" if "runs" in data else str(path)
+    given = {key: value for key, value in given.items() if value is not None}
+    entries = data.pop("runs", None)
+    requests, mistakes = [], _strange_keys(data, str(path))
+    if not (entries is None or (isinstance(entries, list) and entries)):
+        problem = f"runs={entries!r}: expected tables, each under [[runs]]"
+        return [], [*mistakes, Mistake(str(path), problem)]
+    for number, entry in enumerate([{}] if entries is None else entries, start=1):
+        place = str(path) if entries is None else f"{path}, runs[{number}]"
         if not isinstance(entry, dict):
-            problems.append(f"{place}: expected a table")
+            mistakes.append(Mistake(place, f"{entry!r}: expected a table"))
             continue
-        problems += [
-            f"{place}: " + unknown("key", key, _GRID_KEYS)
-            for key in (*data, *entry)
-            if key not in _GRID_KEYS
-        ]
-        if wrong := [t for t in (data, entry) if not isinstance(t.get("set", {}), dict)]:
-            problems.append(
-                f"{place}: set={wrong[0]['set']!r} is no table; write set = {{ gamma = 0.98 }}"
-            )
-            continue
-        merged = {"preset": "cpu"} | data | entry
-        merged["set"] = data.get("set", {}) | entry.get("set", {})
-        merged |= {key: value for key, value in given.items() if value is not None}
-        missing = [key for key in ("algos", "suite", "seeds") if not merged.get(key)]
-        if missing:
-            problems.append(f"{place}: {', '.join(missing)} missing")
-            continue
+        mistakes += _strange_keys(entry, place)
+        request, wrong = _read_request({"preset": "cpu"} | data | entry | given, data, entry, place)
+        mistakes += wrong
+        requests += [request] if request else []
+    return requests, mistakes
+
+
+def _strange_keys(table: Mapping[str, Any], place: str) -> list[Mistake]:
+    return [
+        Mistake(place, unknown("key", key, _GRID_KEYS)) for key in table if key not in _GRID_KEYS
+    ]
+
+
+def _read_request(
+    merged: Mapping[str, Any], top: Mapping[str, Any], entry: Mapping[str, Any], place: str
+) -> tuple[Request | None, list[Mistake]]:
+    """The request of one entry of a grid, as far as it can be read, and what is wrong with it."""
+    mistakes: list[Mistake] = []
+
+    def read(key: str, what: Callable[[Any], Any], otherwise: Any) -> Any:
+        if key in ("algos", "suite", "seeds") and merged.get(key) in (None, "", []):
+            mistakes.append(Mistake(place, f"{key} missing"))
+            return otherwise
         try:
-            seeds = merged["seeds"]
-            requests.append(
-                Request(
-                    algorithms=_words(merged["algos"], place, "algos"),
-                    suites=_words(merged["suite"], place, "suite"),
-                    seeds=parse_seeds(
-                        ",".join(f"{seed}-{seed}" for seed in seeds)
-                        if isinstance(seeds, list)
-                        else str(seeds)
-                    ),
-                    preset=str(merged["preset"]),
-                    overrides=_flatten(merged["set"]),
-                )
-            )
+            return what(merged[key])
         except SpecError as error:
-            problems.append(f"{place}: {error}")
-    if problems:
-        raise SpecError("\n".join(dict.fromkeys(problems)))
-    return requests
+            mistakes.append(Mistake(place, str(error)))
+            return otherwise
+
+    tables = [table.get("set", {}) for table in (top, entry)]
+    for table in tables:
+        if not isinstance(table, dict):
+            problem = f"set={table!r} is no table; write set = {{ gamma = 0.98 }}"
+            mistakes.append(Mistake(place, problem))
+    overrides = [_flatten(table) for table in tables if isinstance(table, dict)]
+    algorithms = read("algos", lambda value: _words(value, "algos"), [])
+    suites = read("suite", lambda value: _words(value, "suite"), [])
+    # What is read in place of a mistake lets the rest be judged; there is no sweep in the end.
+    request = Request(
+        algorithms=algorithms,
+        suites=suites or ["toy"],
+        seeds=read("seeds", _seeds, [0]),
+        preset=read("preset", _preset, "cpu"),
+        overrides=overrides[0] | overrides[-1] if overrides else {},
+        place=place,
+    )
+    return (request if request.algorithms else None), mistakes
+
+
+def _seeds(value: Any) -> list[int]:
+    if isinstance(value, list):
+        return parse_seeds(",".join(f"{seed}-{seed}" for seed in value))
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SpecError(f'seeds={value!r}: write 5 (seeds 0 to 4), "0-9", or [3, 7]')
+    return parse_seeds(str(value))
+
+
+def _preset(value: Any) -> str:
+    if not isinstance(value, str) or value not in preset_names():
+        raise SpecError(unknown("preset", value, preset_names()))
+    return value
 
 
 def ablations() -> dict[str, dict[str, Any]]:
@@ -166,10 +240,10 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _words(value: Any, place: str, key: str) -> list[str]:
+def _words(value: Any, key: str) -> list[str]:
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise SpecError(f"{place}: {key}={value!r} is neither a name nor a list of names")
+        raise SpecError(f"{key}={value!r} is neither a name nor a list of names")
     return names(",".join(words), key)
 
 
@@ -193,139 +267,209 @@ class Job:
 
     spec: RunSpec
     store: RunStore
-    process: subprocess.Popen[bytes] | None = None
     outcome: str = "pending"
     """pending | running | done | failed | interrupted | busy | skipped (was done before)."""
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     """What its process warned of, in the log."""
     log_start: int = 0
-    """Where in the log this process began."""
+    """Where in the log this attempt began."""
+    attempts: int = 0
+    """How often it was started."""
 
 
-class LocalLauncher:
-    """Runs as processes of this machine, so many at a time, one thread each."""
+class Sweep:
+    """Carries out the jobs with a launcher, as many at a time as that takes."""
 
     def __init__(
-        self, *, workers: int, device: str, threads: int, allow_other_numerics: bool = False
+        self,
+        jobs: Sequence[Job],
+        launcher: Launcher,
+        *,
+        options: Sequence[str] = (),
+        threads: int = 1,
+        retries: int = 0,
     ) -> None:
-        self.workers, self.device, self.threads = workers, device, threads
-        self.allow_other_numerics = allow_other_numerics
+        """``options`` of ``python -m bench.train``. ``retries``: how often a run is started again
+        whose process was killed or hung."""
+        self.jobs, self.launcher, self.retries = jobs, launcher, retries
+        self._options, self._threads = tuple(options), threads
+        self._running: dict[int, Handle] = {}  # by the job's place in the list
         self._signals = 0
-
-    def run(self, jobs: Sequence[Job], notice: Callable[[Job | None], None]) -> None:
-        """Train all jobs; ``notice(job)`` on each change of a job, ``notice(None)`` in between.
-
-        SIGINT and SIGTERM stop it: runs save at the end of their episodes, a second signal ends
-        them at once. Jobs not started stay pending.
-        """
-        waiting = [job for job in jobs if job.outcome == "pending"]
-        running: list[Job] = []
-        previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        passed_on = 0
-        try:
-            while running or (waiting and not self._signals):
-                while waiting and len(running) < self.workers and not self._signals:
-                    job = waiting.pop(0)
-                    self._start(job)
-                    if job.process is not None:
-                        running.append(job)
-                    notice(job)
-                if passed_on < self._signals:
-                    passed_on = self._signals
-                    for job in running:
-                        assert job.process is not None
-                        job.process.send_signal(signal.SIGINT)
-                time.sleep(POLL_SECONDS)
-                for job in [j for j in running if j.process and j.process.poll() is not None]:
-                    self._ended(job)
-                    running.remove(job)
-                    notice(job)
-                notice(None)
-        finally:
-            for job in running:
-                if job.process is not None:
-                    job.process.terminate()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal asked the sweep to stop."""
         return self._signals > 0
 
+    def run(self, notice: Callable[[Job | None], None]) -> None:
+        """Train all jobs; ``notice(job)`` on each change of a job, ``notice(None)`` in between.
+
+        SIGINT and SIGTERM stop it: runs save at the end of their episodes, a second signal ends
+        them at once. Jobs not started stay pending. A job that another process was training at
+        first is looked at again in the end, when that process may be gone.
+        """
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        passed_on = 0
+        try:
+            while True:
+                if not self._signals:
+                    self._start(notice)
+                if not self._running:
+                    break
+                while passed_on < self._signals:
+                    passed_on += 1
+                    for handle in self._running.values():
+                        handle.stop()
+                time.sleep(POLL_SECONDS)
+                for place, handle in list(self._running.items()):
+                    if (end := handle.poll()) is not None:
+                        del self._running[place]
+                        self._ended(self.jobs[place], end)
+                        notice(self.jobs[place])
+                notice(None)
+        finally:
+            for handle in self._running.values():
+                handle.stop()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
 
-    def _start(self, job: Job) -> None:
-        try:
-            log = (job.store.path / "log.txt").open("ab")
-            job.log_start = log.tell()
-        except OSError as error:
-            job.outcome, job.error = "failed", f"cannot write {job.store.path}: {error.strerror}"
+    def _start(self, notice: Callable[[Job | None], None]) -> None:
+        """Start what there is room for."""
+        room = self.launcher.slots - len(self._running)
+        waiting = [place for place, job in enumerate(self.jobs) if job.outcome == "pending"]
+        if not waiting and not self._running:
+            waiting = [place for place, job in enumerate(self.jobs) if self._has_come_free(job)]
+        chosen = waiting if math.isinf(room) else waiting[: int(room)]
+        places, orders = [], []
+        for place in chosen:
+            job = self.jobs[place]
+            try:
+                job.log_start = job.store.log_length()
+            except OSError as error:
+                self._fail(job, f"cannot write {job.store.path}: {error.strerror}", notice)
+                continue
+            places.append(place)
+            orders.append(Order(job.store.path, self._options, self._threads))
+        if not orders:
             return
-        command = [
-            sys.executable, "-m", "bench.train", str(job.store.path),
-            "--device", self.device, "--threads", str(self.threads),
-        ]  # fmt: skip
-        if self.allow_other_numerics:
-            command.append("--allow-other-numerics")
-        # Linear algebra libraries read their thread counts before torch is told its own.
-        limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        with log:
-            job.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | limits, start_new_session=True,
-            )  # fmt: skip
-        job.outcome = "running"
+        try:
+            handles = self.launcher.start(orders)
+        except (OSError, RuntimeError) as error:
+            for place in places:
+                self._fail(self.jobs[place], f"cannot be started: {error}", notice)
+            return
+        for place, handle in zip(places, handles, strict=True):
+            self._running[place] = handle
+            self.jobs[place].outcome = "running"
+            self.jobs[place].attempts += 1
+            notice(self.jobs[place])
 
-    def _ended(self, job: Job) -> None:
-        assert job.process is not None
-        code = job.process.returncode
-        job.warnings = _warnings(job)
-        if code == 0:
+    def _has_come_free(self, job: Job) -> bool:
+        return job.outcome == "busy" and not job.attempts and not job.store.busy
+
+    def _fail(self, job: Job, error: str, notice: Callable[[Job | None], None]) -> None:
+        job.outcome, job.error = "failed", error
+        notice(job)
+
+    def _ended(self, job: Job, end: Exit) -> None:
+        log = job.store.log_since(job.log_start)
+        job.warnings = _warnings(log)
+        if end.code == 0:
             job.outcome = "done"
-        elif code == EXIT_INTERRUPTED or (
-            self._signals and code in (-signal.SIGINT, -signal.SIGTERM)
+        elif end.code == EXIT_INTERRUPTED or (
+            self._signals and end.code in (-signal.SIGINT, -signal.SIGTERM)
         ):
             job.outcome = "interrupted"
-        elif code == EXIT_BUSY:
+        elif end.code == EXIT_BUSY:
             job.outcome = "busy"
         else:
-            job.outcome = "failed"
-            status = job.store.status()
-            if code < 0:
-                name = signal.Signals(-code).name
-                job.error = f"the process was killed by {name}" + (
-                    " (out of memory?)" if name == "SIGKILL" else ""
-                )
-                facts = {key: value for key, value in status.items() if key != "state"}
-                job.store.write_status("failed", **(facts | {"error": job.error}))
-            else:
-                job.error = str(status.get("error") or f"exit code {code}, see log.txt")
-                if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
-                    # Neither status nor log may have found room for the reason.
-                    job.error = f"the disk of {job.store.path} is full ({size(free)} free)"
+            lost, job.error = _why(job, end, log)
+            job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
+            if lost:
+                _record_failure(job)
 
 
-def _warnings(job: Job) -> list[str]:
-    """The warnings in what this process has logged."""
+def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
+    """Whether the process ended without recording why, and why a job failed."""
+    if end.code < 0:
+        name = signal.Signals(-end.code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return True, f"the process was killed by {name}{hint}"
+    if end.reason:
+        return True, end.reason
+    status = job.store.status()
+    if status["state"] == "running" and "Timeout (" in log:
+        return True, (
+            "the process hung and was ended (a simulator that does not answer?); log.txt says where"
+        )
+    error = str(status.get("error") or f"exit code {end.code}, see log.txt")
+    if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
+        # Neither status nor log may have found room for the reason.
+        error = f"the disk of {job.store.path} is full ({size(free)} free)"
+    return False, error
+
+
+def _record_failure(job: Job) -> None:
+    """Write the status that the run's own process could not."""
+    status = job.store.status()
+    facts = {key: value for key, value in status.items() if key != "state"}
     try:
-        with (job.store.path / "log.txt").open("rb") as log:
-            log.seek(job.log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = (line.partition("RuntimeWarning: ")[2] for line in lines)
+        with job.store.locked(expires=None):
+            if not job.store.done:
+                job.store.write_status("failed", **(facts | {"error": job.error}))
+    except (StoreError, OSError) as error:
+        job.error += f"; its status could not be written: {error}"
+
+
+def _warnings(log: str) -> list[str]:
+    """The warnings in what a process has logged."""
+    found = (line.partition("RuntimeWarning: ")[2] for line in log.splitlines())
     return [warning for warning in found if warning]
+
+
+def notify(command: str, jobs: Sequence[Job], out: Path, *, interrupted: bool) -> str:
+    """Run the user's command at the end of a sweep; why it could not be done, or ``""``.
+
+    It finds in its environment BENCH_STATE (done, failed or interrupted), BENCH_DONE, BENCH_FAILED
+    and BENCH_RUNS (counts), BENCH_OUT and BENCH_MESSAGE.
+    """
+    done = sum(job.outcome in ("done", "skipped") for job in jobs)
+    failed = sum(job.outcome == "failed" for job in jobs)
+    state = "interrupted" if interrupted else "failed" if failed else "done"
+    message = f"sweep {state}: {done} of {len(jobs)} runs done, {failed} failed in {out}"
+    facts = {
+        "BENCH_STATE": state, "BENCH_DONE": str(done), "BENCH_FAILED": str(failed),
+        "BENCH_RUNS": str(len(jobs)), "BENCH_OUT": str(out),
+        "BENCH_MESSAGE": message,
+    }  # fmt: skip
+    try:
+        ended = subprocess.run(
+            command, shell=True, env=os.environ | facts, timeout=NOTIFY_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"--notify: {error}"
+    return f"--notify: the command ended with {ended.returncode}" if ended.returncode else ""
 
 
 def size(count: float) -> str:
     """Bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str, option: str) -> int:
+    """``20GB``, ``500M``, ``1.5 TB`` in bytes. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise SpecError(f"{option} {text!r}: expected a size such as 20GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
@@ -341,14 +485,13 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
     return jobs
 
 
-def prepare(specs: Sequence[RunSpec], out: Path, *, device: str, threads: int) -> list[Job]:
-    """`plan`, and a directory for each run.
+def prepare(specs: Sequence[RunSpec], out: Path, environment: Mapping[str, Any]) -> list[Job]:
+    """`plan`, and a directory for each run; ``environment`` as far as it is known already.
 
     Raises StoreError or OSError if a directory cannot be used.
     """
-    environment = machine.environment(device, threads)
     for spec in specs:
-        RunStore.create(out, spec, environment)
+        RunStore.create(out, spec, dict(environment))
     return plan(specs, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from bench import machine
 from bench.evaluate import episodes_needed, evaluate
+from bench.lease import LEASE_SECONDS
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
-from bench.store import BusyError, Row, RunStore, State, StoreError
+from bench.store import LOOK_SECONDS, BusyError, Row, RunStore, State, StoreError
 from suites.base import Episode, SimulatorError, stream
 
 CHECKPOINT_SECONDS = 60.0
@@ -37,6 +39,8 @@ LOGGED_POINTS = 100
 PROBED_POINTS = 50
 """Snapshots of the agent's own state over a run, at most."""
 HEARTBEAT_SECONDS = 1.0
+HANG_SECONDS = 900.0
+"""A process without a heartbeat for so long hangs and is ended."""
 DIVERGED = 1e12
 """A training metric beyond this is taken for divergence; values and losses stay far below."""
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BUSY = 1, 130, 75
@@ -84,23 +88,29 @@ def train(
     workers: int = 0,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     allow_other_numerics: bool = False,
+    lease_seconds: float = LEASE_SECONDS,
+    wait_seconds: float = LOOK_SECONDS,
     stop: Callable[[], bool] = lambda: False,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Train ``spec`` to its end in ``store``, from its newest checkpoint if it has one.
 
-    Holds the run and keeps its status. Returns at once if the run is done already. Raises
-    BusyError if another process trains it; Interrupted after a checkpoint once ``stop()`` is true;
+    Holds the run (``lease_seconds``, ``wait_seconds``: see `RunStore.locked`) and keeps its status;
+    calls ``alive`` at every heartbeat. Returns at once if the run is done already. Raises BusyError
+    if another process trains it; Interrupted after a checkpoint once ``stop()`` is true;
     DivergenceError, SimulatorError, StoreError or OSError when training cannot go on.
     """
-    with store.locked():
+    with store.locked(expires=lease_seconds, wait=wait_seconds):
         if store.done:
             return
+        store.record_environment(lambda: machine.environment(device, torch.get_num_threads()))
         before = store.status()
         known: dict[str, Any] = {"step": 0, "steps": spec.protocol.steps_per_task}
         known |= {key: before[key] for key in ("step", "other_numerics") if key in before}
         process = {"pid": os.getpid(), "host": os.uname().nodename}
 
         def heartbeat(step: int, facts: dict[str, Any]) -> None:
+            alive()
             known.update(step=step, **facts)
             store.write_status("running", time=time.time(), **known, **process)
 
@@ -117,6 +127,8 @@ def train(
             )  # fmt: skip
         except (Interrupted, KeyboardInterrupt):
             ended("interrupted")
+            raise
+        except BusyError:  # taken over: the status is the other process's now
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -384,7 +396,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Train the run of a directory: ``python -m bench.train RUN``. Returns the exit code.
 
     0 done, 1 failed (status.json has the reason), 130 interrupted after a checkpoint, 75 another
-    process is training it.
+    process is training it. A process that hangs writes where to standard error and ends with 1,
+    while its status still says running.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run directory with a spec.json")
@@ -396,17 +409,32 @@ def main(arguments: list[str] | None = None) -> int:
         help="time between checkpoints, which are taken at the ends of episodes",
     )  # fmt: skip
     parser.add_argument("--allow-other-numerics", action="store_true")
+    parser.add_argument(
+        "--hang-seconds", type=float, default=HANG_SECONDS,
+        help="end the process after so long without a heartbeat; 0: never",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lease-seconds", type=float, default=LEASE_SECONDS,
+        help="take the run from another machine that gave no sign of life for so long",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wait-seconds", type=float, default=LOOK_SECONDS,
+        help="wait so long for another process of this machine that trains the run",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1 is needed")
     torch.set_num_threads(options.threads)
-    store, stop = RunStore(options.run), _StopRequest()
+    store = RunStore(options.run)
+    stop = _StopRequest(store)
     try:
         device = machine.resolve_device(options.device)
         train(
             store.spec(), store, device=device, workers=options.sim_workers, stop=stop,
             checkpoint_seconds=options.checkpoint_seconds,
             allow_other_numerics=options.allow_other_numerics,
+            lease_seconds=options.lease_seconds, wait_seconds=options.wait_seconds,
+            alive=watchdog(options.hang_seconds),
         )  # fmt: skip
     except (Interrupted, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -417,14 +445,25 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         print(f"{store.path} failed: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return 0
 
 
-class _StopRequest:
-    """True once a signal asked for the end, or the process that started this one is gone."""
+def watchdog(seconds: float) -> Callable[[], None]:
+    """What to call at every heartbeat so that this process ends, and says where it was, if none
+    comes for ``seconds``. It works in native code, too; 0 gives one that never bites."""
+    if not seconds:
+        return lambda: None
+    return lambda: faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
-    def __init__(self) -> None:
-        self._asked = False
+
+class _StopRequest:
+    """True once a signal or a file asked for the end, or the process that started this one is
+    gone."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store, self._asked = store, False
         self._parent = os.getppid()
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -435,7 +474,7 @@ class _StopRequest:
         self._asked = True
 
     def __call__(self) -> bool:
-        return self._asked or os.getppid() != self._parent
+        return self._asked or os.getppid() != self._parent or self._store.asked_to_stop
 
 
 class _Callable(ModuleType):

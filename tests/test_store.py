@@ -340,7 +340,7 @@ def test_reading_while_the_run_replaces_its_checkpoints(
     train_to(store, 10)
     gone = store.state_path / "checkpoint-0000000020-00000000.pt"
     there = checkpoints(store)
-    monkeypatch.setattr(RunStore, "_checkpoints", lambda _: [gone, *there])
+    monkeypatch.setattr(RunStore, "checkpoint_files", lambda _: [gone, *there])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = store.load_checkpoint()

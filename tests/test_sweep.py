@@ -58,7 +58,7 @@ def test_a_grids_set_must_be_a_table(values: str, tmp_path: Path) -> None:
     for text in (f"set = {values}\n", f"[[runs]]\nset = {values}\n"):
         path.write_text('algos = ["mega"]\nsuite = "toy"\nseeds = 1\n' + text)
         with pytest.raises(SpecError, match="is no table; write set ="):
-            read_grid(path)
+            expand(*read_grid(path))
 
 
 def test_every_shipped_ablation_resolves() -> None:
@@ -81,7 +81,7 @@ def test_a_grid_lays_runs_over_its_top(tmp_path: Path) -> None:
         '[[runs]]\nalgos = ["mt_sac"]\n'
         '[[runs]]\nalgos = "mega"\nseeds = 1\nset = { mega = { start_stage = 4 } }\n'
     )
-    specs = expand(read_grid(path))
+    specs = expand(*read_grid(path))
     assert [(s.suite, s.label, s.seed) for s in specs] == [
         ("toy", "mt_sac", 2), ("toy4", "mt_sac", 2), ("toy", "mt_sac", 5), ("toy4", "mt_sac", 5),
         ("toy", "mega", 0), ("toy4", "mega", 0),
@@ -96,12 +96,14 @@ def test_a_grid_tells_all_its_errors_with_their_place(tmp_path: Path) -> None:
         'sute = "toy"\n[[runs]]\nalgos = "mega"\n[[runs]]\nsuite = "toy"\nseeds = "4-2"\n'
     )
     with pytest.raises(SpecError) as caught:
-        read_grid(path)
+        expand(*read_grid(path))
     text = str(caught.value)
     assert "'sute'" in text
     assert "'suite'" in text
-    assert "runs[1]: suite, seeds missing" in text
+    assert "runs[1]: suite missing" in text
+    assert "runs[1]: seeds missing" in text
     assert "runs[2]: algos missing" in text
+    assert "runs[2]: seeds '4-2'" in text
 
 
 @given(st.text(max_size=80))
@@ -112,7 +114,7 @@ def test_a_grid_file_of_anything_is_read_or_refused_clearly(text: str) -> None:
         path = Path(folder) / "grid.toml"
         path.write_text(text, encoding="utf-8")
         with pytest.raises(SpecError):
-            read_grid(path)
+            expand(*read_grid(path))
 
 
 @pytest.mark.parametrize(

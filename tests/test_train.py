@@ -92,7 +92,9 @@ def newest(store: RunStore) -> int:
 def test_a_run_directory_holds_what_it_should(finished: Finished) -> None:
     store = finished("mt_sac")
     names = {p.name for p in store.path.iterdir()}
-    assert names == {"spec.json", "status.json", "metrics.csv", "timing.csv", "state"}
+    assert names == {
+        "spec.json", "status.json", "metrics.csv", "timing.csv", "SHA256SUMS", "state",
+    }  # fmt: skip
     status = store.status()
     assert status["state"] == "done"
     assert status["step"] == status["steps"] == 250

@@ -1,0 +1,96 @@
+"""The documentation: its site builds without a warning, and its commands are commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from test_cli import bench
+
+from bench.cli import app
+from bench.launch import launcher_options
+from bench.spec import parse_overrides, parse_seeds
+from bench.sweep import Request, ablations, expand, names, parse_size
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = ("python3 start.py", "pip install", "tensorboard --logdir")
+"""How commands may begin that are not ours."""
+
+
+def snippets() -> Iterator[tuple[str, str]]:
+    """(page, command) of every line of a shell block."""
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if command := line.partition(" #")[0].strip():
+                    yield page.name, command
+
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(snippets())))
+def test_a_command_of_the_documentation_is_one(page: str, command: str) -> None:
+    if not command.startswith("bench "):
+        assert command.startswith(OTHERS), f"{page}: {command}"
+        return
+    _, name, *arguments = shlex.split(command)
+    options = COMMANDS[name].make_context(name, list(arguments)).params
+    if name in ("run", "ablate"):
+        seeds = parse_seeds(options["seeds"] or "5")
+        overrides = parse_overrides(options["set_"] or [])
+        launcher_options(options["launcher"], options["launcher_set"] or [])
+        if options["disk_budget"]:
+            parse_size(options["disk_budget"], "--disk-budget")
+        if name == "ablate":
+            assert options["ablation"] in (*ablations(), "all")
+        elif options["grid"] is None:
+            request = Request(
+                names(options["algos"], "--algos"), names(options["suite"], "--suite"), seeds,
+                options["preset"] or "cpu", overrides,
+            )  # fmt: skip
+            assert expand([request])
+    elif name in ("list", "show"):
+        assert bench(name, *arguments).returncode == 0
+
+
+def test_every_block_says_what_it_is() -> None:
+    """A block without a language would not be checked."""
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text("utf-8"), re.MULTILINE)
+        assert all(fences[::2]), f"{page.name}: a code block has no language"
+        assert not any(fences[1::2]), page.name
+
+
+def test_every_command_and_algorithm_is_documented() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    for name in COMMANDS:
+        assert f"bench {name}" in text, f"no page shows bench {name}"
+    shown = re.findall(r"^::: algorithms\.(\w+)", (ROOT / "docs/algorithms.md").read_text(), re.M)
+    of_papers = {
+        path.stem
+        for path in (ROOT / "algorithms").glob("*.py")
+        if "PAPER = " in path.read_text("utf-8") or "PAPER: " in path.read_text("utf-8")
+    } - {"agent"}
+    assert of_papers <= set(shown)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links between pages and to headings included."""
+    if not importlib.util.find_spec("mkdocstrings"):
+        pytest.skip("mkdocs is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "algorithms" / "index.html").exists()

@@ -1,0 +1,207 @@
+"""What a run's directory says is what was measured, and nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import bench
+
+from bench import frames
+from bench.doctor import run_checks
+from bench.spec import RunSpec
+from bench.store import RunStore
+
+Finished = Callable[[str], RunStore]
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> RunStore:
+    """A finished run to do harm to."""
+    original = finished("mt_sac")
+    path = tmp_path / "out" / original.path.relative_to(original.path.parents[2])
+    shutil.copytree(original.path, path)
+    return RunStore(path)
+
+
+def bad(store: RunStore) -> dict[str, str]:
+    return {row["check"]: row["value"] for row in run_checks(store) if row["result"] == "bad"}
+
+
+def test_a_whole_run_is_found_whole(copy: RunStore) -> None:
+    rows = {row["check"]: row for row in run_checks(copy)}
+    assert not bad(copy)
+    assert rows["checksums"]["value"] == "all results are as they were recorded"
+    assert rows["checkpoints"]["value"] == "whole: step 250, 200"
+    assert rows["id"]["result"] == rows["held"]["result"] == rows["leftovers"]["result"] == "good"
+
+
+def test_the_checksums_are_those_of_coreutils(copy: RunStore) -> None:
+    tool = shutil.which("sha256sum")
+    if tool is None:
+        pytest.skip("no sha256sum here")
+    done = subprocess.run([tool, "-c", "SHA256SUMS"], cwd=copy.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "metrics.csv: OK" in done.stdout
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+HARM: dict[str, tuple[Callable[[RunStore], object], str, str]] = {
+    "a changed success": (
+        lambda s: edit(s.path / "metrics.csv", b"final,point-0,s", b"final,point-1,s"),
+        "checksums", "metrics.csv was changed",
+    ),
+    "a line that is none": (
+        lambda s: edit(s.path / "metrics.csv", b",train,", b";train,"), "metrics.csv", "line ",
+    ),
+    "a cut file": (
+        lambda s: os.truncate(s.path / "metrics.csv", 500), "metrics.csv", " lines",
+    ),
+    "no final evaluation": (
+        lambda s: (s.path / "metrics.csv").write_text("step,kind,task,metric,value,count\n"),
+        "metrics.csv", "the final evaluation has 0 of 3 tasks",
+    ),
+    "another seed": (
+        lambda s: edit(s.path / "spec.json", b'"seed": 0', b'"seed": 1'), "id", "its values give",
+    ),
+    "a damaged checkpoint": (
+        lambda s: flip(max(s.state_path.glob("checkpoint-*.pt"))), "checkpoint", "checksum",
+    ),
+    "a lost file": (
+        lambda s: (s.path / "timing.csv").unlink(), "checksums", "timing.csv is gone",
+    ),
+    "damaged checksums": (
+        lambda s: (s.path / "SHA256SUMS").write_text("nonsense\n"), "checksums", "is damaged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_the_doctor_finds(harm: str, copy: RunStore) -> None:
+    do, check, words = HARM[harm]
+    do(copy)
+    found = bad(copy)
+    assert words in found.get(check, ""), found
+    assert bench("doctor", str(copy.path)).returncode == 1
+
+
+def test_a_report_says_that_results_were_changed(copy: RunStore) -> None:
+    flip(copy.path / "metrics.csv")
+    out = copy.path.parents[2]
+    with pytest.warns(RuntimeWarning, match=r"metrics\.csv was changed since the run was done"):
+        frames.load(out)
+
+
+class Payload:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_crafted_probe_is_refused_and_runs_nothing(copy: RunStore, tmp_path: Path) -> None:
+    """An array of objects is a pickle inside the archive."""
+    trap = tmp_path / "executed"
+    copy.probe_path.mkdir(exist_ok=True)
+    crafted = copy.probe_path / "0000000100.npz"
+    np.savez(crafted, allow_pickle=True, x=np.array([Payload(trap)], dtype=object))
+    assert "Object arrays cannot be loaded" in bad(copy)["probe"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+            frames.load(copy.path.parents[2])
+    assert not trap.exists()
+
+
+def test_a_crafted_checkpoint_with_a_right_checksum_runs_nothing(
+    copy: RunStore, tmp_path: Path
+) -> None:
+    """A whole torch archive whose pickle was replaced, named as its own checksum asks."""
+    trap = tmp_path / "executed"
+    newest = max(copy.state_path.glob("checkpoint-*.pt"))
+    crafted = tmp_path / "crafted.pt"
+    with zipfile.ZipFile(newest) as old, zipfile.ZipFile(crafted, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith("data.pkl"):
+                data = pickle.dumps(Payload(trap), protocol=2)
+            new.writestr(item, data)
+    newest.unlink()
+    crc = zlib.crc32(crafted.read_bytes())
+    crafted.rename(copy.state_path / f"checkpoint-0000000250-{crc:08x}.pt")
+    assert "UnpicklingError" in bad(copy)["checkpoint"]
+    done = bench("eval", str(copy.path), "--episodes", "1")
+    assert done.returncode == 0, "the checkpoint before it serves"
+    assert "step 200" in done.stdout
+    assert not trap.exists()
+
+
+def test_a_report_escapes_what_it_prints(copy: RunStore, tmp_path: Path) -> None:
+    """Names of tasks and algorithms are text, whatever they hold."""
+    evil = "<script>alert(1)</script>"
+    content = json.loads((copy.path / "spec.json").read_text())
+    content["spec"] |= {"label": f"mt_sac@{evil}", "suite": f"toy{evil}"}
+    (copy.path / "spec.json").write_text(json.dumps(content))
+    metrics = copy.path / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("point-0", f"point{evil}"))
+    (copy.path / "SHA256SUMS").unlink()
+    done = bench("report", "--out", str(copy.path.parents[2]), "--to", str(tmp_path / "page"))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert evil not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_an_evil_name_stays_inside_the_output_directory(toy_spec: Any, tmp_path: Path) -> None:
+    spec: RunSpec = toy_spec()
+    evil = spec.model_copy(update={"suite": "../../x", "label": "/etc/passwd", "id": "../y"})
+    store = RunStore.create(tmp_path / "out", evil, {})
+    assert (tmp_path / "out") in store.path.resolve().parents
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert len(store.path.relative_to(tmp_path / "out").parts) == 3
+
+
+def test_plug_ins_are_named_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package's entry point, seen through its metadata alone."""
+    info = tmp_path / "deep-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deep\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[mega_bench.algorithms]\ndeep = deep:Deep\n")
+    shutil.copy(Path(__file__).parent / "plugin" / "deep.py", tmp_path)
+    import algorithms
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    algorithms.table.cache_clear()
+    try:
+        done = bench("run", "--algos", "deep,mt_sac", "--suite", "toy", "--preset", "smoke",
+                     "--seeds", "1", "--dry-run", "--out", str(tmp_path / "out"))  # fmt: skip
+    finally:
+        monkeypatch.undo()
+        algorithms.table.cache_clear()
+    assert done.returncode == 0, done.stderr
+    assert "third-party algorithm deep: deep:Deep of deep 0.1" in done.stdout
