@@ -30,10 +30,10 @@ def removable(stores: Iterable[RunStore], *, checkpoints: bool = False) -> list[
             continue
         files = [(path, "left behind by an interrupted write") for path in store.leftovers()]
         if store.done:
-            newest, *older = store.checkpoint_files() or [None]
-            files += [(path, "older checkpoint of a finished run") for path in older]
-            if checkpoints and newest:
-                files.append((newest, "last checkpoint of a finished run"))
+            kept = store.checkpoint_files()
+            files += [(path, "older checkpoint of a finished run") for path in kept[1:]]
+            if checkpoints:
+                files += [(path, "last checkpoint of a finished run") for path in kept[:1]]
         found += [Removal(path, path.stat().st_size, why) for path, why in files]
     return found
 

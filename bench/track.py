@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from bench.launch import import_extra
 from bench.spec import SpecError
-from bench.store import METRICS_HEADER, RunStore, write_atomically
+from bench.store import RunStore, write_atomically
 from suites.base import unknown
 
 Scalars = dict[str, float]
@@ -42,7 +42,7 @@ class TensorBoard:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         folder = out / "tensorboard" / store.path.relative_to(out)
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, step: int, scalars: Scalars) -> None:
         """See `Sink.write`."""
@@ -150,7 +150,7 @@ class Follower:
     def _pass_on(self, store: RunStore, name: str) -> None:
         place = store.state_path / f"tracked-{name}.json"
         done = json.loads(place.read_text("utf-8")) if place.exists() else 0
-        text, end = new_lines(store.path / "metrics.csv", done)
+        text, end = new_lines(store.path / "metrics.csv", done, ended=store.done)
         if not text:
             return
         key = (store.path, name)
@@ -161,29 +161,33 @@ class Follower:
         write_atomically(place, str(end).encode(), sync=False)
 
 
-def new_lines(path: Path, start: int) -> tuple[str, int]:
-    """The whole lines of metrics.csv after byte ``start``, and where they end."""
+def new_lines(path: Path, start: int, *, ended: bool) -> tuple[str, int]:
+    """The lines of metrics.csv after byte ``start``, and where they end. Until the run has ended,
+    the last step is kept back: more of it may follow."""
     try:
         with path.open("rb") as file:
             file.seek(start)
             data = file.read()
     except OSError:
         return "", start
-    data = data[: data.rfind(b"\n") + 1]
-    return data.decode(), start + len(data)
+    lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    if lines and not ended:
+        last = lines[-1].partition(b",")[0]
+        while lines and lines[-1].partition(b",")[0] == last:
+            lines.pop()
+    text = b"".join(lines)
+    return text.decode(), start + len(text)
 
 
 def by_step(text: str) -> Iterator[tuple[int, Scalars]]:
     """Lines of metrics.csv as scalars, step by step."""
     values: dict[int, dict[str, float]] = defaultdict(dict)
     means: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    header = METRICS_HEADER.decode()
-    for step, kind, task, metric, value, count in csv.reader(io.StringIO(text)):
-        if step == header.partition(",")[0]:
+    for at, kind, task, metric, value, count in csv.reader(io.StringIO(text)):
+        if not at.isdigit():  # the header
             continue
         shown = float(value) / float(count) if metric == "success" else float(value)
-        values[int(step)][f"{kind}/{metric}/{task}"] = shown
-        means[int(step)][f"{kind}/{metric}"].append(shown)
+        values[int(at)][f"{kind}/{metric}/{task}"] = shown
+        means[int(at)][f"{kind}/{metric}"].append(shown)
     for step, scalars in values.items():
-        mean = {name: sum(found) / len(found) for name, found in means[step].items()}
-        yield step, scalars | mean
+        yield step, scalars | {name: sum(v) / len(v) for name, v in means[step].items()}
