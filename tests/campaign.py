@@ -1,11 +1,12 @@
 """Kill a small sweep again and again, then compare it byte by byte with an undisturbed one.
 
-    python tests/campaign.py --kills 120 --minutes 8
+    python tests/campaign.py --kills 120 --minutes 60
 
-Every attempt is the same ``bench run`` command. In turn the sweep itself, one of its runs, a
-process that simulates, or (by fault injection) a run in the middle of writing a checkpoint is
-killed with SIGKILL at a random moment. In the end the command must finish by itself, with the bytes
-of a sweep that nothing happened to; no run may be lost, and none trained again once it was done.
+Every attempt is the same sweep. In turn the sweep itself, one of its runs, a process that
+simulates, or (by fault injection) a run at a random ``fsync`` or rename is killed with SIGKILL. In
+the end the sweep must finish by itself, with the bytes of one that nothing happened to; no run may
+be lost, and none trained again once it was done. Processes are forked, not started anew, so that
+most of the time is training; what they run is `bench.sweep.Sweep` and `bench.train.main`.
 """
 
 from __future__ import annotations
@@ -15,33 +16,185 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SWEEP = [
-    "run", "--algos", "mt_sac,mega", "--suite", "toy", "--preset", "smoke", "--seeds", "2",
-    *("--set", "horizon=25", "--set", "eval_every=500", "--set", "eval_episodes=2"),
-    *("--set", "final_episodes=2", "--set", "warmup_steps=50", "--set", "width=16"),
-    *("--set", "replay_per_task=300", "--steps", "3000"),
-    *("--workers", "2", "--sim-workers", "1", "--track", "none"),
-]  # fmt: skip
-"""Four runs whose replay rings wrap."""
-PLACES = ("sweep", "run", "simulator", "checkpoint")
+import torch
+
+from bench import machine
+from bench.launch import Exit, Handle, Order
+from bench.spec import RunSpec
+from bench.store import RunStore
+from bench.sweep import Request, Sweep, expand, prepare
+from bench.train import main as train_main
+from bench.train import train
+
+VALUES = {
+    "horizon": 25, "steps_per_task": 600, "warmup_steps": 75, "eval_every": 200, "width": 16,
+    "eval_episodes": 2, "final_episodes": 2, "batch_per_task": 16, "replay_per_task": 100,
+}  # fmt: skip
+"""Runs of seconds whose replay rings wrap."""
+PLACES = ("sweep", "run", "simulator", "writing")
 
 
-def start(out: Path, fault: str = "") -> subprocess.Popen[str]:
-    """The sweep's command, whose processes find ``fault`` in their environment."""
-    path = os.pathsep.join([str(ROOT / "tests" / "faults"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "FAULT": fault, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench.cli", *SWEEP, "--out", str(out)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def specs() -> list[RunSpec]:
+    """Two algorithms, two seeds."""
+    return expand([Request(["mt_sac", "mega"], ["toy"], [0, 1], "smoke", VALUES)])
+
+
+# ------------------------------------------------------------------------------ forked processes
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    """Do the work in a process of its own that writes to a log; its id."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        code = work()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    finally:
+        os._exit(99)
+
+
+class Forked:
+    """A launcher whose runs are forks of the sweep, with a fault in the first."""
+
+    slots: float = 2
+
+    def __init__(self, fault: Callable[[], None]) -> None:
+        self._fault = fault
+
+    def start(self, orders: Sequence[Order]) -> list[Handle]:
+        return [self._start(order) for order in orders]
+
+    def _start(self, order: Order) -> Handle:
+        fault, self._fault = self._fault, lambda: None
+
+        def work() -> int:
+            fault()
+            return train_main([str(order.run), *order.options])
+
+        return Child(fork(work, order.run / "log.txt"))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Child:
+    """A forked run."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> Exit | None:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return Exit(os.waitstatus_to_exitcode(status)) if pid else None
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+
+def die_at(name: str, number: int, after: bool) -> Callable[[], None]:
+    """What makes a process kill itself at its ``number``-th call of ``os.name``."""
+
+    def arm() -> None:
+        original, calls = getattr(os, name), 0
+
+        def dying(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, name, dying)
+
+    return arm
+
+
+def sweep(out: Path, simulators: int, fault: Callable[[], None]) -> int:
+    """The sweep's process; its id."""
+    options = ["--sim-workers", str(simulators), "--checkpoint-seconds", "0.2"]
+
+    def work() -> int:
+        jobs = prepare(specs(), out, machine.environment("cpu", 1))
+        Sweep(jobs, Forked(fault), options=options).run(lambda _: None)
+        return int(any(job.outcome not in ("done", "skipped") for job in jobs))
+
+    out.mkdir(parents=True, exist_ok=True)
+    return fork(work, out / "sweep.txt")
+
+
+# -------------------------------------------------------------------------------------- attacks
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
+
+
+def simulators(run: int) -> list[int]:
+    """The processes that a run simulates in."""
+    found = []
+    for child in children(run):
+        try:
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(child)
+        except OSError:
+            continue
+    return found
+
+
+def attack(out: Path, place: str, rng: random.Random, patience: float) -> int:
+    """Run the sweep and kill something of it; how many processes were killed."""
+
+    def no_fault() -> None:
+        """Nothing is injected."""
+
+    fault = no_fault
+    if place == "writing":
+        fault = die_at(rng.choice(["fsync", "replace"]), rng.randint(1, 30), rng.random() < 0.5)
+    log = out / "sweep.txt"
+    pid = sweep(out, int(place == "simulator"), fault)
+    begun, moment = time.monotonic(), time.monotonic() + rng.random() * patience
+    killed = 0
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        time.sleep(0.005)
+        if killed or place == "writing" or time.monotonic() < moment:
+            continue
+        runs = children(pid)
+        victims = {"sweep": [pid], "run": runs}.get(place) or [
+            s for r in runs for s in simulators(r)
+        ]
+        if victims:
+            try:
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                killed = 1
+            except ProcessLookupError:
+                continue
+    if place == "writing":
+        killed = sum(
+            "SIGKILL" in str(RunStore(path.parent).status().get("error"))
+            and path.stat().st_mtime > time.time() - (time.monotonic() - begun)
+            for path in out.rglob("status.json")
+        )
+    assert "Traceback" not in (log.read_text() if log.exists() else ""), log.read_text()
+    return killed
 
 
 def measured(out: Path) -> dict[str, bytes]:
@@ -50,121 +203,62 @@ def measured(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
-def sealed(out: Path) -> dict[str, int]:
+def finished(out: Path) -> dict[str, int]:
     """Finished runs and when their metrics were last written."""
-    runs = [path.parent for path in out.rglob("SHA256SUMS")]
-    done = [run for run in runs if _status(run).get("state") == "done"]
-    return {str(r.relative_to(out)): (r / "metrics.csv").stat().st_mtime_ns for r in done}
-
-
-def steps(out: Path) -> int:
-    """Steps that all runs together have behind them, as their statuses say."""
-    return sum(_status(path.parent).get("step", 0) for path in out.rglob("status.json"))
-
-
-def _status(run: Path) -> dict[str, int]:
-    try:
-        status: dict[str, int] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return status
-
-
-def descendants(pid: int) -> dict[str, list[int]]:
-    """Processes below ``pid``: those that train and those that simulate."""
-    parents: dict[int, list[int]] = {}
-    lines: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-                lines[int(entry.name)] = (entry / "cmdline").read_text()
-            except OSError:
-                continue
-            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
-    below, waiting = [], [pid]
-    while waiting:
-        found = parents.get(waiting.pop(), [])
-        below += found
-        waiting += found
+    stores = [RunStore(path.parent) for path in out.rglob("SHA256SUMS")]
     return {
-        "run": [p for p in below if "bench.train" in lines.get(p, "")],
-        "simulator": [p for p in below if "spawn_main" in lines.get(p, "")],
+        str(s.path.relative_to(out)): (s.path / "metrics.csv").stat().st_mtime_ns
+        for s in stores
+        if s.done
     }
 
 
-def attack(out: Path, place: str, rng: random.Random, patience: float) -> bool:
-    """Run the command and kill something of it; whether anything was killed."""
-    fault = ""
-    if place == "checkpoint":
-        call = rng.choice(["fsync", "replace"])
-        fault = f"{call}:{rng.randint(1, 25)}" + rng.choice(["", ":after"])
-    sweep = start(out, fault)
-    killed = False
-    moment = time.monotonic() + rng.random() * patience
-    while sweep.poll() is None:
-        time.sleep(0.02)
-        if place == "checkpoint" or time.monotonic() < moment or killed:
-            if killed and place == "sweep":
-                break
-            continue
-        below = descendants(sweep.pid)
-        victims = [sweep.pid] if place == "sweep" else below[place]
-        if victims and (place == "sweep" or steps(out)):
-            with_id = rng.choice(victims)
-            try:
-                os.kill(with_id, signal.SIGKILL)
-                killed = True
-            except ProcessLookupError:
-                continue
-    output = sweep.communicate()[0]
-    return killed or "SIGKILL" in output
-
-
 def campaign(kills: int, seconds: float, seed: int, folder: Path) -> dict[str, object]:
-    """The facts of one campaign; ``seconds`` bound the killing, not the end of the sweep."""
+    """The facts of one campaign. ``seconds`` bound the killing, not the end of the sweeps."""
+    torch.set_num_threads(1)
     rng, started = random.Random(seed), time.monotonic()
-    quiet, out = folder / "undisturbed", folder / "killed"
-    calm = start(quiet)
-    output = calm.communicate()[0]
-    assert calm.returncode == 0, output
-    alone = time.monotonic() - started
-    done_kills: Counter[str] = Counter()
+    expected = folder / "undisturbed"
+    for spec in specs():
+        train(spec, RunStore.create(expected, spec, machine.environment("cpu", 1)))
+    quiet, patience = measured(expected), (time.monotonic() - started) / 2
+    counts: Counter[str] = Counter()
     again: list[str] = []
-    finished: dict[str, int] = {}
-    rounds = 0
-    while sum(done_kills.values()) < kills and time.monotonic() - started < seconds:
-        place = PLACES[rounds % len(PLACES)]
-        rounds += 1
-        done_kills[place] += attack(out, place, rng, alone / 2)
-        now = sealed(out)
-        again += [run for run, at in finished.items() if now.get(run) != at]
-        finished = now
-        if len(finished) == 6:  # the sweep is over: begin another, and keep what this one was
-            assert measured(out) == measured(quiet), "a finished sweep differs"
-            out, finished = folder / f"killed-{rounds}", {}
-    attempts = 0
-    while True:  # orphans of a killed sweep end with their episode; until then they are busy
-        attempts += 1
-        last = start(out)
-        output = last.communicate()[0]
-        if len(sealed(out)) == 6 or attempts == 20:
-            break
-        time.sleep(1)
-    now = sealed(out)
-    again += [run for run, at in finished.items() if now.get(run) != at]
+    sweeps = rounds = attempts = lost = 0
+    identical = True
+
+    def over() -> bool:
+        return sum(counts.values()) >= kills or time.monotonic() - started > seconds
+
+    while not over():
+        sweeps += 1
+        out, known = folder / f"sweep-{sweeps}", {}
+        while len(known) < len(specs()) and not over():
+            place = PLACES[rounds % len(PLACES)]
+            rounds += 1
+            counts[place] += attack(out, place, rng, patience)
+            now = finished(out)
+            again += [run for run, at in known.items() if now.get(run) != at]
+            known = now
+        tries = 0
+        while len(finished(out)) < len(specs()) and tries < 50:
+            # Orphans of a killed sweep are busy until their episode ends.
+            tries += 1
+            os.waitpid(sweep(out, 0, lambda: None), 0)
+        attempts = max(attempts, tries)
+        now = finished(out)
+        again += [run for run, at in known.items() if now.get(run) != at]
+        lost += len(specs()) - len(now)
+        identical &= measured(out) == quiet
     return {
-        "kills": dict(done_kills), "total": sum(done_kills.values()),
-        "identical": measured(out) == measured(quiet), "runs_lost": 6 - len(now),
-        "trained_twice": again, "commands_to_finish": attempts, "exit_code": last.returncode,
-        "seconds": round(time.monotonic() - started), "seed": seed,
-        "output": "" if last.returncode == 0 else output,
+        "kills": sum(counts.values()), "of": dict(counts), "attempts": rounds, "sweeps": sweeps,
+        "identical": identical, "runs_lost": lost, "trained_twice": again,
+        "commands_to_finish": attempts, "seconds": round(time.monotonic() - started), "seed": seed,
     }  # fmt: skip
 
 
 def main() -> int:
     """Run a campaign and print its facts as JSON; 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> None:
 def carry_out(jobs: list[Job], where: Launcher, meanwhile: Callable[[], None]) -> None:
     """The whole sweep; ``meanwhile`` is called in every round of its loop."""
     sweep = Sweep(jobs, where, options=OPTIONS)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
 
     def notice(job: Job | None) -> None:
         assert time.monotonic() < deadline, [job.outcome for job in jobs]
@@ -128,7 +128,7 @@ def test_a_job_near_its_time_limit_saves_and_is_queued_again(
 ) -> None:
     """Submitit's own executor on this machine, which signals as SLURM does."""
     submitit = pytest.importorskip("submitit")
-    specs = [toy_spec(steps_per_task=1500, eval_every=500)]
+    specs = [toy_spec(steps_per_task=750, eval_every=250)]
     (expected,) = undisturbed(specs, open_store, tmp_path / "alone")
     executor = submitit.LocalExecutor(tmp_path / "submitit", max_num_timeout=3)
     executor.update_parameters(timeout_min=20)
