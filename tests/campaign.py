@@ -4,9 +4,9 @@
 
 Every attempt is the same sweep. In turn the sweep itself, one of its runs, a process that
 simulates, or (by fault injection) a run at a random ``fsync`` or rename is killed with SIGKILL. In
-the end the sweep must finish by itself, with the bytes of one that nothing happened to; no run may be
-lost, and none trained again once it was done. Processes are forked, not started anew, so that most of
-the time is training; what they run is `bench.sweep.Sweep` and `bench.train.main`.
+the end the sweep must finish by itself, with the bytes of one that nothing happened to; no run may
+be lost, and none trained again once it was done. Processes are forked, not started anew, so that
+most of the time is training; what they run is `bench.sweep.Sweep` and `bench.train.main`.
 """
 
 from __future__ import annotations
