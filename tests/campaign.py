@@ -168,7 +168,7 @@ def attack(out: Path, place: str, rng: random.Random, patience: float) -> int:
 
     fault = no_fault
     if place == "writing":
-        fault = die_at(rng.choice(["fsync", "replace"]), rng.randint(1, 30), rng.random() < 0.5)
+        fault = die_at(rng.choice(["fsync", "replace"]), rng.randint(1, 12), rng.random() < 0.5)
     log = out / "sweep.txt"
     pid = sweep(out, int(place == "simulator"), fault)
     begun, moment = time.monotonic(), time.monotonic() + rng.random() * patience

@@ -21,7 +21,12 @@ from bench.sweep import Request, ablations, expand, names, parse_size
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("python3 start.py", "pip install", "tensorboard --logdir")
+OTHERS = (
+    "python3 start.py",
+    "python tests/campaign.py --kills",
+    "pip install",
+    "tensorboard --logdir",
+)
 """How commands may begin that are not ours."""
 
 
