@@ -104,8 +104,13 @@ def test_a_lost_ray_node_costs_no_run(
     leases = [int(next(j.store.state_path.glob("lease-*")).name[-8:]) for j in jobs]
     assert sorted(leases) == [1, 2], "one run was started once, the other again"
     assert jobs[0].store.description()["environment"]["numerics"]["device"] == "cpu"
+    where.close()
 
-    # Asked to stop, a task saves first.
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nodes")
+def test_a_ray_task_that_is_asked_to_stop_saves_first(toy_spec: ToySpec, tmp_path: Path) -> None:
+    where = launcher("ray", [], out=tmp_path, workers=1, threads=1, device="cpu")
     spec = toy_spec(seed=2, steps_per_task=200_000, eval_every=200_000)
     (job,) = prepare([spec], tmp_path / "shared", machine.origin())
     (handle,) = where.start([Order(job.store.path, OPTIONS, 1)])
