@@ -43,11 +43,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.agent import AgentConfig, Batch, Plan
-from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear, blended
+from algorithms.nn import Linear, blended, mlp
 from algorithms.routing import (
     Choice,
     RoutedNetwork,
     TaskEncoder,
+    encoder,
     modules_used,
     pack_path,
     path_bytes,
@@ -280,22 +281,13 @@ class LayeredNetwork(nn.Module):
         self.sources = n = config.modules // config.layers
         by_layer = config.route_level == "layer"
 
-        def norm(units: int, modules: int = 1) -> list[nn.Module]:
-            return [LayerNorm(units, copies=copies, modules=modules)] if layer_norm else []
-
-        self.state_encoder = Layers(
-            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
-            Linear(width, width, copies=copies), *norm(width),
-        )  # fmt: skip
+        self.state_encoder = encoder(inputs, width, copies=copies, layer_norm=layer_norm)
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
-        self.router = Layers(
-            Linear(width, router, copies=copies), nn.ReLU(),
-            Linear(router, router, copies=copies), nn.ReLU(),
-        )  # fmt: skip
+        self.router = mlp(width, [router] * 2, None, copies=copies)
         self.layers = nn.ModuleList(
-            Layers(
-                ModuleLinear(n, units if layer else width, units, copies=copies),
-                *norm(units, n), nn.ReLU(),
+            mlp(
+                units if layer else width, [units], None,
+                copies=copies, layer_norm=layer_norm, modules=n,
             )
             for layer in range(config.layers)
         )  # fmt: skip

@@ -76,9 +76,6 @@ from suites.base import Episode, SuiteSpec, stream
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
-MT10 = 10
-"""Suites of at most so many tasks take the paper's values for MT10, others those for MT50."""
-
 
 class MEGAConfig(SACConfig):
     """Settings of MEGA. What none means is decided by the suite and the length of the run."""
@@ -220,10 +217,9 @@ class MEGAConfig(SACConfig):
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With precision, population size and window decided."""
-        large = suite.num_tasks > MT10
-        population = self.population_size or (4 if large else 3)
+        population = self.population_size or (4 if suite.large else 3)
         values = super().for_run(suite, plan).model_dump() | {
-            "precision": self.precision or (4 if large else 2),
+            "precision": self.precision or (4 if suite.large else 2),
             "population_size": population,
         }
         if self.evolve and self.window is None:

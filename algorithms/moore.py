@@ -49,7 +49,7 @@ class MOOREConfig(SACConfig):
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With the number of experts decided."""
-        experts = self.experts or (4 if suite.num_tasks <= 10 else 6)
+        experts = self.experts or (6 if suite.large else 4)
         return super().for_run(suite, plan).model_copy(update={"experts": experts})
 
 

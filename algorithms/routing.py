@@ -45,7 +45,7 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import Init, LayerNorm, Layers, Linear, Scratch, compiled, draw
+from algorithms.nn import Init, Layers, Linear, Scratch, compiled, draw, mlp
 
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
@@ -169,21 +169,12 @@ class RoutedNetwork(nn.Module):
         self.resrouting, self.shortcut_masked = resrouting, shortcut_masked
         self.threshold = threshold
 
-        def norm(units: int) -> list[nn.Module]:
-            return [LayerNorm(units, copies=copies)] if layer_norm else []
-
-        self.state_encoder = Layers(
-            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
-            Linear(width, width, copies=copies), *norm(width),
-        )  # fmt: skip
+        self.state_encoder = encoder(inputs, width, copies=copies, layer_norm=layer_norm)
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
-        self.router = Layers(
-            Linear(width, router_width, copies=copies), nn.ReLU(),
-            Linear(router_width, router_width, copies=copies), nn.ReLU(),
-        )  # fmt: skip
+        self.router = mlp(width, [router_width] * 2, None, copies=copies)
         self.logits = Linear(router_width, modules * (modules + 1) // 2, copies=copies)
         self.first = Layers(
-            nn.ReLU(), Linear(width, module_width, copies=copies), *norm(module_width), nn.ReLU()
+            nn.ReLU(), *mlp(width, [module_width], None, copies=copies, layer_norm=layer_norm)
         )
         self.rest = ModuleStack(modules - 1, module_width, copies=copies, layer_norm=layer_norm)
         self.head = Linear(module_width, outputs, copies=copies, last=True)
@@ -312,6 +303,11 @@ class RoutedNetwork(nn.Module):
             chosen = z.gather(2, sources).masked_fill(~valid, -torch.inf)
             return torch.softmax(chosen, 2)
         return torch.softmax(z, 2).gather(2, sources).masked_fill(~valid, 0)
+
+
+def encoder(inputs: int, width: int, *, copies: int, layer_norm: bool = False) -> Layers:
+    """F(s): two layers, without the second's ReLU, because some of its readers want it so."""
+    return Layers(*list(mlp(inputs, [width] * 2, None, copies=copies, layer_norm=layer_norm))[:-1])
 
 
 class TaskEncoder(nn.Module):

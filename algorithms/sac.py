@@ -87,7 +87,7 @@ class SACConfig(AgentConfig):
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With the number of resets decided."""
-        resets = (4 if suite.num_tasks <= 10 else 6) if self.resets is None else self.resets
+        resets = (6 if suite.large else 4) if self.resets is None else self.resets
         return self.model_copy(update={"resets": resets})
 
     @model_validator(mode="after")

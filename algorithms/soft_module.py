@@ -33,8 +33,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.nn import LayerNorm, Layers, Linear, ModuleLinear, blended
-from algorithms.routing import TaskEncoder
+from algorithms.nn import LayerNorm, Linear, ModuleLinear, blended
+from algorithms.routing import TaskEncoder, encoder
 from algorithms.sac import SAC, SACConfig
 
 SHALLOW: dict[str, Any] = {"layers": 2, "modules": 2, "module_width": 256}
@@ -124,20 +124,11 @@ class SoftModuleNetwork(nn.Module):
         self.modules_count, self.state_routing, self.reading = modules, state_routing, reading
         code = reading == "code"
 
-        def norm(units: int) -> list[nn.Module]:
-            return [LayerNorm(units, copies=copies)] if layer_norm else []
-
-        self.state_encoder = Layers(
-            Linear(inputs, width, copies=copies), *norm(width), nn.ReLU(),
-            Linear(width, width, copies=copies), *norm(width),
-        )  # fmt: skip
+        self.state_encoder = encoder(inputs, width, copies=copies, layer_norm=layer_norm)
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
 
         routing = router_width if code else width
-        self.features = Layers(
-            Linear(width, routing, copies=copies), nn.ReLU(),
-            Linear(routing, routing, copies=copies),
-        ) if code else nn.Identity()  # fmt: skip
+        self.features = encoder(width, routing, copies=copies) if code else nn.Identity()
         square = modules**2
         self.logits = nn.ModuleList(
             Linear(routing, square, copies=copies, last=True) for _ in range(layers - 1)

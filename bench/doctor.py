@@ -15,14 +15,12 @@ import numpy as np
 
 import algorithms
 from bench import machine
-from bench.frames import health_of, state_of
+from bench.frames import RESTORE, health_of, state_of
 from bench.spec import RunSpec
 from bench.store import METRICS_HEADER, RunStore, StoreError
 
 Check = dict[str, Any]
 """check, result (good | note | bad), value, advice."""
-
-RESTORE = "restore it from a copy, or delete the run's folder and train it again"
 
 
 def machine_checks(out: Path) -> list[Check]:

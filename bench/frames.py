@@ -7,10 +7,10 @@ import json
 import multiprocessing
 import shlex
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,13 @@ Probes = list[tuple[int, dict[str, np.ndarray]]]
 
 
 REPORTED = ("eval", "final", "reference")
-"""Kinds of metric rows that reports read; ``train`` and ``update`` are many times as many."""
+"""Kinds of metric rows that reports read whole; ``train`` is gathered, ``update`` left out."""
+RESTORE = "restore it from a copy, or delete the run's folder and train it again"
+"""What to do about a damaged file of a run."""
 
 
-def load(out: Path | str, kinds: Collection[str] = REPORTED) -> Frames:
-    """All runs below ``out``, with the metric rows of these kinds, and those of training thinned.
+def load(out: Path | str) -> Frames:
+    """All runs below ``out``, their training episodes gathered to `TRAINING_POINTS` points.
 
     What cannot be read is named under ``unreadable``. Runs of older versions are read as far as
     they are understood.
@@ -43,7 +45,7 @@ def load(out: Path | str, kinds: Collection[str] = REPORTED) -> Frames:
     names = [str(store.path.relative_to(out)) for store in stores]
     unreadable: dict[str, str] = {}
     read: list[_Run] = []
-    for name, found in zip(names, _read_all(stores, names, kinds), strict=True):
+    for name, found in zip(names, _read_all(stores, names), strict=True):
         if isinstance(found, str):
             unreadable[name] = found
         else:
@@ -83,19 +85,16 @@ MANY_RUNS = 100
 """From so many runs on, reading them is worth several processes."""
 
 
-def _read_all(
-    stores: list[RunStore], names: list[str], kinds: Collection[str]
-) -> Iterator[_Run | str]:
+def _read_all(stores: list[RunStore], names: list[str]) -> Iterator[_Run | str]:
     """Each run, or why it cannot be read."""
-    read = partial(_read_run, kinds=frozenset(kinds))
     if len(stores) < MANY_RUNS or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(read, stores, names)
+        yield from map(_read_run, stores, names)
         return
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(read, stores, names, chunksize=8)
+        yield from pool.map(_read_run, stores, names, chunksize=8)
 
 
-def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
+def _read_run(store: RunStore, name: str) -> _Run | str:
     try:
         row = run_row(store, name)
         probes = read_probes(store)
@@ -107,7 +106,7 @@ def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
     metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
     wanted = None
     if metrics is not None:
-        kept = metrics[metrics["kind"].isin(kinds)]
+        kept = metrics[metrics["kind"].isin(REPORTED)]
         wanted = pd.concat([_training(metrics, row["steps_per_task"]), kept]).assign(**key)
     return _Run(
         row=row,
@@ -125,9 +124,8 @@ def _read_run(store: RunStore, name: str, kinds: Collection[str]) -> _Run | str:
 
 def _damage(store: RunStore) -> Iterator[dict[str, str]]:
     """What happened to the files of a finished run since."""
-    advice = "restore the file, or delete the run and train it again"
     for problem in store.damaged() or []:
-        yield Finding("files", "bad", f"{problem} since the run was done", advice)._asdict()
+        yield Finding("files", "bad", f"{problem} since the run was done", RESTORE)._asdict()
 
 
 TRAINING_POINTS = 100

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def plugins() -> dict[str, str]:
 def origin() -> dict[str, Any]:
     """What is known of a run's environment before it is known where it will be trained."""
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def changed_numerics(began: Mapping[str, str], device: str, threads: int) -> list[str]:
+    """How today's `numerics` differ from those that a run began under, in words."""
+    now = numerics(device, threads)
+    return [f"{k} {began.get(k)} -> {v}" for k, v in now.items() if began.get(k) != v]
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

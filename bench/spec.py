@@ -32,9 +32,6 @@ SCHEMA = 1
 MAX_SEEDS = 10_000
 """Of one request: more is a slip of the keyboard."""
 
-LARGE_SUITE = 10
-"""Suites of more tasks than this take the papers' MT50 values."""
-
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -265,7 +262,7 @@ class RunSpec(BaseModel):
                 mine = _for_algorithm(overrides or {}, name, agent)
             with problems:
                 variant_values(agent, name, variant)
-        large = chosen.protocol_large if shape.num_tasks > LARGE_SUITE else {}
+        large = chosen.protocol_large if shape.large else {}
 
         def values(
             variant: str, changes: Mapping[str, Any]

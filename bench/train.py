@@ -377,8 +377,7 @@ def other_numerics(store: RunStore, device: str, allowed: bool) -> list[str]:
     Raises StoreError if they do and that is not ``allowed``.
     """
     began = store.description().get("environment", {}).get("numerics", {})
-    now = machine.numerics(device, torch.get_num_threads())
-    changed = [f"{k} {began.get(k)} -> {v}" for k, v in now.items() if began.get(k) != v]
+    changed = machine.changed_numerics(began, device, torch.get_num_threads())
     if changed:
         message = f"the run began under other numerics ({'; '.join(changed)})"
         if not allowed:

@@ -52,8 +52,7 @@ def verify(store: RunStore, steps: int, device: str) -> Verdict:
     spec = store.spec()
     recorded = store.description().get("environment", {}).get("numerics", {})
     threads = int(recorded.get("threads", 1))
-    now = machine.numerics(device, threads)
-    changed = [f"{k} {recorded.get(k)} -> {v}" for k, v in now.items() if recorded.get(k) != v]
+    changed = machine.changed_numerics(recorded, device, threads)
     unit = spec.protocol.horizon * spec.protocol.envs_per_task
     steps = min(-(-steps // unit) * unit, spec.protocol.steps_per_task)
     old = _rows_until(store, steps)

@@ -34,6 +34,11 @@ class SuiteSpec:
         """T, the number of tasks."""
         return len(self.task_names)
 
+    @property
+    def large(self) -> bool:
+        """Whether what the papers set for MT50 holds, not what they set for MT10."""
+        return self.num_tasks > 10
+
 
 class Episode(NamedTuple):
     """One finished episode of environment ``env`` of task ``task``."""

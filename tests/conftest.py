@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -97,6 +98,15 @@ def finished(
         return store
 
     return run
+
+
+@pytest.fixture
+def copy(finished: Callable[[str], RunStore], tmp_path: Path) -> RunStore:
+    """A finished run to do anything to."""
+    original = finished("mt_sac")
+    path = tmp_path / "out" / original.path.relative_to(original.path.parents[2])
+    shutil.copytree(original.path, path)
+    return RunStore(path)
 
 
 @pytest.fixture(scope="session")

@@ -25,15 +25,6 @@ from bench.store import RunStore
 Finished = Callable[[str], RunStore]
 
 
-@pytest.fixture
-def copy(finished: Finished, tmp_path: Path) -> RunStore:
-    """A finished run to do harm to."""
-    original = finished("mt_sac")
-    path = tmp_path / "out" / original.path.relative_to(original.path.parents[2])
-    shutil.copytree(original.path, path)
-    return RunStore(path)
-
-
 def bad(store: RunStore) -> dict[str, str]:
     return {row["check"]: row["value"] for row in run_checks(store) if row["result"] == "bad"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +18,6 @@ from bench.tidy import keep_within, removable, remove, used
 from bench.track import Follower, by_step, sinks
 
 Finished = Callable[[str], RunStore]
-
-
-@pytest.fixture
-def copy(finished: Finished, tmp_path: Path) -> RunStore:
-    """A finished run to do things with."""
-    original = finished("mt_sac")
-    path = tmp_path / "out" / original.path.relative_to(original.path.parents[2])
-    shutil.copytree(original.path, path)
-    return RunStore(path)
 
 
 def out_of(store: RunStore) -> Path:
