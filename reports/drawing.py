@@ -5,7 +5,6 @@ No pyplot, no global state: the same frames give the same bytes.
 
 from __future__ import annotations
 
-import colorsys
 import io
 import textwrap
 import zlib
@@ -20,7 +19,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -68,9 +66,19 @@ _OWN_COLOURS = {
     "mtmh_sac": "#56B4E9",
     "mt_sac": "#4D4D4D",
 }
-_OTHER_COLOURS = ("#882255", "#999933", "#332288", "#AA4499", "#117733", "#661100", "#6699CC")
+# Paul Tol's muted scheme: for the variants, and for algorithms that this project does not know.
+_OTHER_COLOURS = (
+    "#882255",
+    "#999933",
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#AA4499",
+    "#6699CC",
+    "#661100",
+    "#44AA99",
+)
 _VARIANT_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
-_VARIANT_SHADES = (0.4, -0.4, 0.2)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 TASK_COLOURS = (
     "#332288",
@@ -153,43 +161,33 @@ class Look:
     marker: str
 
 
-def _shade(colour: str, amount: float) -> str:
-    hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
-    light += amount * (1 - light if amount > 0 else light)
-    return to_hex(colorsys.hls_to_rgb(hue, light, saturation))
-
-
 def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """Colour by algorithm; dash, shade and marker by variant.
+    """Colour by name; variants are dashed and marked too.
 
     A name decides its own look; only where two names of one report would share one does the later
     of them in alphabetical order move to the next free look.
     """
     out: dict[str, Look] = {}
-    taken: set[tuple[str, int]] = set()
-    bases: dict[str, str] = {}
-    for base in sorted({base_name(label) for label in labels}):
-        start = zlib.crc32(base.encode())
-        options = [_OTHER_COLOURS[(start + k) % len(_OTHER_COLOURS)] for k in range(7)]
-        free = [colour for colour in options if colour not in bases.values()]
-        bases[base] = _OWN_COLOURS.get(base, (free or options)[0])
-    slots = len(_VARIANT_DASHES) * len(_VARIANT_SHADES)
-    for label in sorted(labels):
-        base = base_name(label)
-        if label == base:
-            out[label] = Look(bases[base], "-", MARKERS[0])
+    # Plain algorithms first: theirs are the colours that readers know.
+    for label in sorted(labels, key=lambda name: (name != base_name(name), name)):
+        plain, start = label == base_name(label), zlib.crc32(label.encode())
+        if label in _OWN_COLOURS:
+            out[label] = Look(_OWN_COLOURS[label], "-", MARKERS[0])
             continue
-        slot = zlib.crc32(label.encode()) % slots
-        while (base, slot) in taken and sum(b == base for b, _ in taken) < slots:
-            slot = (slot + 1) % slots
-        taken.add((base, slot))
-        out[label] = Look(
-            # Three shades and four dashes have no common divisor: every slot is a pair of its own.
-            _shade(bases[base], _VARIANT_SHADES[slot % len(_VARIANT_SHADES)]),
-            _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
-            # Nor have three shades and seven markers.
-            MARKERS[1 + slot % 7],
-        )
+        # Nine colours, four dashes and seven markers have no common divisor: slots all differ.
+        slots = range(start, start + len(_OTHER_COLOURS) * len(_VARIANT_DASHES))
+        options = [
+            Look(
+                _OTHER_COLOURS[slot % len(_OTHER_COLOURS)],
+                "-" if plain else _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
+                MARKERS[0] if plain else MARKERS[1 + slot % 7],
+            )
+            for slot in slots
+        ]
+        colours = {look.colour for look in out.values()}
+        unseen = [look for look in options if look.colour not in colours]
+        unused = [look for look in options if look not in out.values()]
+        out[label] = (unseen or unused or options)[0]
     return out
 
 
@@ -209,7 +207,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 def title(made: Figure, words: str, section: Section) -> None:
     """The figure's title: words, suite, and SMOKE where the preset is."""
     smoke = " (SMOKE)" if section.preset == "smoke" else ""
-    made.suptitle(f"{words} · {short(section.suite, 40)}{smoke}", parse_math=False)
+    made.suptitle(f"{words} · {section.place}{smoke}", parse_math=False)
 
 
 def short(name: str, limit: int = 22) -> str:
@@ -407,7 +405,7 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
     """
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     width, height = (float(inches) for inches in made.get_size_inches())
-    columns = max(1, min(6, len(handles), int(width / (0.0076 * size * longest + 0.38))))
+    columns = max(1, min(6, len(handles), int(width / (0.008 * size * longest + 0.45))))
     below = 0.06 + 0.0215 * size * -(-len(handles) // columns)
     bottom = (below + (0.18 if xlabel else 0)) / height
     engine = made.get_layout_engine()

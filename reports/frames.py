@@ -383,6 +383,17 @@ class Section:
         return f"{self.suite} · {self.preset} · {self.steps_per_task:,} steps per task"
 
     @property
+    def place(self) -> str:
+        """The suite, in the words that a figure's title or a sentence has room for."""
+        kind, _, listed = self.suite.partition(":")
+        if not listed:
+            return kind
+        names = [name.removesuffix("-v3") for name in listed.split("+")]
+        shown = names if len(", ".join(names)) <= 40 else names[:2]
+        more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+        return f"{kind}: {', '.join(shown)}{more}"
+
+    @property
     def anchor(self) -> str:
         """Where a page has the section, and how the names of its files begin."""
         return slug(self.suite, self.preset, str(self.steps_per_task))

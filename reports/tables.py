@@ -353,7 +353,7 @@ def area(section: Section) -> Table:
 class Comparison:
     """The reference algorithm against another one."""
 
-    suite: str
+    place: str
     reference: str
     other: str
     seeds: tuple[int, int]
@@ -378,7 +378,7 @@ class Comparison:
         ours, theirs = self.seeds
         seeds = f"{ours} and {theirs} seeds" if ours != theirs else f"{ours} seed{'s' * (ours > 1)}"
         return (
-            f"{self.reference} − {self.other} on {self.suite}: "
+            f"{self.reference} − {self.other} on {self.place}: "
             f"{interval_cell(self.difference.estimate, signed=True)}, {seeds}: {self.verdict}"
         )
 
@@ -408,7 +408,7 @@ def comparisons(section: Section, reference: str | None = None) -> list[Comparis
     adjusted = stats.holm([difference.p for difference, _, _ in judged])
     return [
         Comparison(
-            suite=section.suite,
+            place=section.place,
             reference=ours,
             other=theirs,
             seeds=seeds,

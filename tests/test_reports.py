@@ -363,6 +363,17 @@ def test_an_algorithm_has_one_colour_and_variants_differ() -> None:
     assert alone["other"] == among["other"]
     shown = [(look.colour, str(look.dash)) for look in among.values()]
     assert len(set(shown)) == len(shown)
+    few = looks(["mega", "d2r", "other", *variants[:8]])
+    assert len({look.colour for look in few.values()}) == len(few)
+
+
+def test_long_suites_are_named_in_titles_and_verdicts_by_their_first_tasks() -> None:
+    suite = "custom_rand:reach-v3+push-v3"
+    (section,) = sections(make_results(suite=suite))
+    assert section.place == "custom_rand: reach, push"
+    (section,) = sections(make_results(suite=f"{suite}+window-close-v3+button-press-topdown-v3"))
+    assert section.place == "custom_rand: reach, push and 2 more"
+    assert all(section.place in comparison.sentence for comparison in comparisons(section))
 
 
 def test_figures_state_what_they_show(results: Results) -> None:
