@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms.agent import Agent, Batch
+from bench import machine
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
 from bench.train import replay_capacity, replay_slack
@@ -139,6 +140,7 @@ def speed_rows(
     which is measured in the same turns; ``gemm_share``: of an update's time, spent in products.
     ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
+    machine.keep_freed_memory()
     rows = []
     for suite, preset, count in itertools.product(suites, presets, threads):
         torch.set_num_threads(count)

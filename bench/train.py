@@ -424,6 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1 is needed")
     torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()
     store = RunStore(options.run)
     stop = _StopRequest(store)
     try:
