@@ -30,10 +30,14 @@ _BUILT_IN = {
 
 
 @cache
+def plugins() -> dict[str, str]:
+    """Name -> "module:Class" of the algorithms of other installed packages."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
 def table() -> dict[str, str]:
     """Name -> "module:Class" of every algorithm, installed plug-ins included."""
-    plugins = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return _BUILT_IN | plugins
+    return _BUILT_IN | plugins()
 
 
 def names() -> list[str]:
@@ -48,6 +52,11 @@ def load(name: str) -> type[Agent]:
     """
     if name not in table():
         raise ValueError(unknown("algorithm", name, names()))
+    if name in _BUILT_IN and name in plugins():
+        raise ValueError(
+            f"algorithm {name!r} is built in, and an installed package registers {table()[name]} "
+            "under the same name: remove that package, or rename its algorithm"
+        )
     module, _, attribute = table()[name].partition(":")
     try:
         agent: type[Agent] = getattr(import_module(module), attribute)

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from test_cli import bench
 
+import algorithms
 from bench import frames
 from bench.doctor import run_checks
 from bench.spec import RunSpec
@@ -175,22 +177,43 @@ def test_an_evil_name_stays_inside_the_output_directory(toy_spec: Any, tmp_path:
     assert len(store.path.relative_to(tmp_path / "out").parts) == 3
 
 
-def test_plug_ins_are_named_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package's entry point, seen through its metadata alone."""
-    info = tmp_path / "deep-0.1.dist-info"
+@contextmanager
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> Iterator[None]:
+    """A package of one algorithm's entry point, which its metadata alone makes known."""
+    info = folder / "deep-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deep\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[mega_bench.algorithms]\ndeep = deep:Deep\n")
-    shutil.copy(Path(__file__).parent / "plugin" / "deep.py", tmp_path)
-    import algorithms
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    algorithms.table.cache_clear()
+    (info / "entry_points.txt").write_text(f"[mega_bench.algorithms]\n{entry}\n")
+    shutil.copy(Path(__file__).parent / "plugin" / "deep.py", folder)
+    monkeypatch.syspath_prepend(str(folder))
+    algorithms.plugins.cache_clear()
     try:
-        done = bench("run", "--algos", "deep,mt_sac", "--suite", "toy", "--preset", "smoke",
-                     "--seeds", "1", "--dry-run", "--out", str(tmp_path / "out"))  # fmt: skip
+        yield
     finally:
         monkeypatch.undo()
-        algorithms.table.cache_clear()
+        algorithms.plugins.cache_clear()
+
+
+def planned(algos: str, out: Path) -> subprocess.CompletedProcess[str]:
+    return bench("run", "--algos", algos, "--suite", "toy", "--preset", "smoke", "--seeds", "1",
+                 "--dry-run", "--out", str(out))  # fmt: skip
+
+
+def test_plug_ins_are_named_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed(tmp_path, monkeypatch, "deep = deep:Deep"):
+        done = planned("deep,mt_sac", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "third-party algorithm deep: deep:Deep of deep 0.1" in done.stdout
+
+
+def test_a_plug_in_cannot_take_a_built_in_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed(tmp_path, monkeypatch, "mega = deep:Deep"):
+        refused = planned("mega,mt_sac", tmp_path / "out")
+        others = planned("mt_sac", tmp_path / "out")
+    assert refused.returncode == 2
+    assert "'mega' is built in" in refused.stderr
+    assert "deep:Deep" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert others.returncode == 0, others.stderr
