@@ -83,6 +83,10 @@ class Protocol(BaseModel):
     """Environments of each task stepped together (D2R Table 1)."""
     updates_per_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     """Gradient steps after each lockstep of the environments (D2R Table 1)."""
+    act_delay: Literal[0, 1] = 0
+    """0: an action knows the gradient step before it (D2R's code). 1: that is taken while the
+    environments move, so the policy that acts is one gradient step older; with ``--sim-workers``
+    simulator and updates then work at the same time."""
     batch_per_task: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Transitions of each task in an update (MEGA Table 2: 1280 for ten tasks)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2_000

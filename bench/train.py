@@ -214,21 +214,29 @@ def run_loop(
         facts["parameters"] = agent.parameter_counts()
         return outcome.observations
 
+    def learn() -> None:
+        with clock("update"):
+            for _ in range(p.updates_per_step):
+                meters.add_update(agent.update(replay.sample(p.batch_per_task)))
+
     while step < p.steps_per_task:
+        learning = step + p.envs_per_task > p.warmup_steps
         with clock("act"):
             action, extras = agent.act(obs, explore=True)
         with clock("simulator"), meters.suspected(step, action):
-            result = envs.step(action)
+            envs.start(action)
+        if learning and p.act_delay and step:
+            learn()
+        with clock("simulator"), meters.suspected(step, action):
+            result = envs.finish()
         replay.add(obs, action, result, extras)
         obs, step = result.obs, step + p.envs_per_task
         for episode in result.episodes:
             meters.add_episode(episode)
             agent.on_episode_end(episode)
             agent.on_episode_start(episode.task, episode.env)
-        if step > p.warmup_steps:
-            with clock("update"):
-                for _ in range(p.updates_per_step):
-                    meters.add_update(agent.update(replay.sample(p.batch_per_task)))
+        if learning and not p.act_delay:
+            learn()
         beat()
         if not result.episodes:
             continue

@@ -91,12 +91,21 @@ class VectorEnv(ABC):
         episode a function of the seed alone. Without it the generators run on.
         """
 
-    @abstractmethod
     def step(self, action: np.ndarray) -> Step:
         """Apply actions (T, E, A) in [-1, 1] and reset the environments whose episode ended.
 
         Raises SimulatorError if a simulator fails or a worker process dies.
         """
+        self.start(action)
+        return self.finish()
+
+    @abstractmethod
+    def start(self, action: np.ndarray) -> None:
+        """Begin a step; worker processes go on with it while the caller does something else."""
+
+    @abstractmethod
+    def finish(self) -> Step:
+        """Wait for the step that was started."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

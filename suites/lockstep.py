@@ -330,26 +330,30 @@ class LockstepEnv(VectorEnv):
         self._call("reset", by_row)
         return self._begin()
 
-    def step(self, action: np.ndarray) -> Step:
-        """See `VectorEnv.step`. All arrays of the result are fresh.
+    def start(self, action: np.ndarray) -> None:
+        """See `VectorEnv.start`.
 
         Raises RuntimeError after an episode's end without autoreset, SimulatorError if an action
         is not finite.
         """
         if self._clock is None or self._clock == self.spec.horizon:
             raise RuntimeError("the episodes have ended, or none was started: call reset()")
-        arrays = self._arrays
-        arrays.action[:] = self._check_action(action)
+        self._arrays.action[:] = self._check_action(action)
         self._clock += 1
-        ends = self._clock == self.spec.horizon
-        resets = ends and self._autoreset
-        self._call("step", resets)
+        self._submit("step", self._clock == self.spec.horizon and self._autoreset)
+
+    def finish(self) -> Step:
+        """See `VectorEnv.finish`. All arrays of the result are fresh."""
+        with self._failures():
+            self._results()
         self._check_results()
+        arrays = self._arrays
+        ends = self._clock == self.spec.horizon
         self._return += arrays.reward
         self._success |= arrays.success
         episodes = self._episodes() if ends else []
         return Step(
-            obs=self._begin() if resets else self._by_task(arrays.next_obs),
+            obs=self._begin() if ends and self._autoreset else self._by_task(arrays.next_obs),
             next_obs=self._by_task(arrays.next_obs),
             reward=self._by_task(arrays.reward).astype(np.float32),
             terminated=np.zeros(self._shape, bool),
@@ -439,12 +443,16 @@ class LockstepEnv(VectorEnv):
             )
 
     def _call(self, method: str, *args: Any) -> list[Any]:
+        self._submit(method, *args)
+        with self._failures():
+            return self._results()
+
+    def _submit(self, method: str, *args: Any) -> None:
         if not self._shards:
             raise RuntimeError("the environments are closed")
         with self._failures():
             for shard in self._shards:
                 shard.submit(method, *args)
-            return self._results()
 
     def _results(self) -> list[Any]:
         results = []

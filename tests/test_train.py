@@ -288,13 +288,15 @@ def test_many_kills_on_metaworld(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("act_delay", [0, 1])
 def test_other_shapes_of_the_loop_resume_as_well(
-    toy_spec: ToySpec, open_store: Open, measured: Measured, tmp_path: Path
+    act_delay: int, toy_spec: ToySpec, open_store: Open, measured: Measured, tmp_path: Path
 ) -> None:
     """Several environments and updates per step, simulated in worker processes or not."""
     spec = toy_spec(
-        envs_per_task=2, updates_per_step=2, replay_per_task=76, eval_every=150, critic_lr=1e-3
-    )
+        envs_per_task=2, updates_per_step=2, replay_per_task=76, eval_every=150, critic_lr=1e-3,
+        act_delay=act_delay,
+    )  # fmt: skip
     one, other = open_store(tmp_path / "a", spec), open_store(tmp_path / "b", spec)
     train(spec, one)
     calls = iter([False, True, False, True])
@@ -303,6 +305,34 @@ def test_other_shapes_of_the_loop_resume_as_well(
             train(spec, other, stop=lambda: next(calls), workers=2)
     train(spec, other)
     assert measured(one) == measured(other)
+
+
+def test_an_action_may_be_one_gradient_step_old(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With act_delay=1 the k-th update is taken before the replay has the step it runs beside."""
+    added, seen = 0, []
+    add, sample = ReplayBuffer.add, ReplayBuffer.sample
+
+    def adding(*args: Any) -> None:
+        nonlocal added
+        added += 1
+        add(*args)
+
+    def sampling(*args: Any) -> Any:
+        seen.append(added)
+        return sample(*args)
+
+    monkeypatch.setattr(ReplayBuffer, "add", adding)
+    monkeypatch.setattr(ReplayBuffer, "sample", sampling)
+    at = {}
+    for delay in (0, 1):
+        added, seen = 0, []
+        spec = toy_spec(act_delay=delay)
+        train(spec, open_store(tmp_path / str(delay), spec))
+        at[delay] = seen
+    assert at[0][0] == spec.protocol.warmup_steps + 1
+    assert at[1] == [rows - 1 for rows in at[0]]
 
 
 # --------------------------------------------------------------------------- asked to stop
