@@ -54,6 +54,9 @@ Workers = Annotated[
     str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each run.")]
+RunsPerDevice = Annotated[
+    int, typer.Option("--runs-per-device", min=1, help="Runs that share a GPU, if there is one.")
+]
 Launcher = Annotated[
     str, typer.Option("--launcher", help="Where runs are trained: local, ray or slurm.")
 ]
@@ -146,6 +149,7 @@ def run(
     workers: Workers = "auto",
     threads: Threads = 1,
     device: Device = "auto",
+    runs_per_device: RunsPerDevice = 4,
     launcher: Launcher = "local",
     launcher_set: LauncherSet = None,
     retries: Retries = 0,
@@ -182,8 +186,8 @@ def run(
             )
         ]  # fmt: skip
     how = How(
-        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
-        hang_seconds, track, notify, disk_budget, allow_other_numerics,
+        out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
+        sim_workers, hang_seconds, track, notify, disk_budget, allow_other_numerics,
     )  # fmt: skip
     _sweep(expand(requests, mistakes), how, dry_run=dry_run)
 
@@ -205,6 +209,7 @@ def ablate(
     workers: Workers = "auto",
     threads: Threads = 1,
     device: Device = "auto",
+    runs_per_device: RunsPerDevice = 4,
     launcher: Launcher = "local",
     launcher_set: LauncherSet = None,
     retries: Retries = 0,
@@ -237,8 +242,8 @@ def ablate(
         if ablation in (name, "all")
     ]  # fmt: skip
     how = How(
-        out, workers, threads, device, launcher, launcher_set or [], retries, sim_workers,
-        hang_seconds, track, notify, disk_budget, allow_other_numerics,
+        out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
+        sim_workers, hang_seconds, track, notify, disk_budget, allow_other_numerics,
     )  # fmt: skip
     _sweep(expand(requests), how, dry_run=dry_run)
 
@@ -268,6 +273,7 @@ class How(NamedTuple):
     workers: str
     threads: int
     device: str
+    runs_per_device: int
     launcher: str
     launcher_set: list[str]
     retries: int
@@ -308,7 +314,11 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
         here = machine.resolve_device(how.device if local else "auto")
     except ValueError as error:
         raise UsageError(str(error)) from None
-    how = how._replace(device=here if how.device == "auto" else how.device)
+    gpus = machine.gpus(here) if local else []
+    if gpus:  # each run sees one of them
+        at_a_time = min(at_a_time, len(gpus) * how.runs_per_device)
+        here = "cuda"
+    how = how._replace(device=here if local or how.device == "auto" else how.device)
     environment = machine.environment(here, how.threads) if local else machine.origin()
     try:
         if not dry_run:
@@ -329,7 +339,7 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     try:
         launcher = launch.launcher(
             how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
-            device=how.device,
+            device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,
         )  # fmt: skip
     except RuntimeError as error:
         raise WorkError(str(error)) from None

@@ -40,10 +40,15 @@ class Order(NamedTuple):
     """Of ``python -m bench.train``."""
     threads: int
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """The run's process, on this machine. Raises OSError if its log cannot be written."""
+    def start(self, gpu: str | None = None) -> subprocess.Popen[bytes]:
+        """The run's process, on this machine, which sees all GPUs or just one of them.
+
+        Raises OSError if its log cannot be written.
+        """
         # Linear algebra libraries read their thread counts before torch is told its own.
         limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if gpu is not None:
+            limits["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "bench.train", str(self.run), *self.options]
         with (self.run / "log.txt").open("ab") as log:
             return subprocess.Popen(
@@ -88,14 +93,24 @@ class Launcher(Protocol):
 
 
 class Local:
-    """Processes of this machine."""
+    """Processes of this machine, shared out evenly over its GPUs if it has any."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
+        """``workers``: runs at a time. ``gpus``: as CUDA_VISIBLE_DEVICES names them."""
         self.slots: float = workers
+        self._on: dict[str, list[subprocess.Popen[bytes]]] = {gpu: [] for gpu in gpus}
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
-        return [_Process(order.start()) for order in orders]
+        return [_Process(self._start(order)) for order in orders]
+
+    def _start(self, order: Order) -> subprocess.Popen[bytes]:
+        if not self._on:
+            return order.start()
+        alive = {gpu: [p for p in runs if p.poll() is None] for gpu, runs in self._on.items()}
+        gpu = min(alive, key=lambda gpu: len(alive[gpu]))
+        self._on = alive | {gpu: [*alive[gpu], process := order.start(gpu)]}
+        return process
 
     def close(self) -> None:
         """Nothing is held."""
@@ -157,7 +172,8 @@ class RayOptions(BaseModel):
     cpus_per_run: Annotated[float, Field(gt=0)] | None = None
     """Default: --threads."""
     gpus_per_run: Annotated[float, Field(ge=0)] | None = None
-    """0.25 lets four runs share a GPU. Default: 1 with --device cuda, else none."""
+    """0.25 lets four runs share a GPU. Default: by --runs-per-device with --device cuda, else
+    none."""
     retries: Annotated[int, Field(ge=-1)] = 20
     """How often a run whose node was lost is started again, from its checkpoint; -1: always."""
 
@@ -167,7 +183,9 @@ class Ray:
 
     slots = math.inf
 
-    def __init__(self, options: RayOptions, *, threads: int, device: str) -> None:
+    def __init__(
+        self, options: RayOptions, *, threads: int, device: str, runs_per_gpu: int
+    ) -> None:
         self._ray = ray = import_extra("ray", "ray")
         if not ray.is_initialized():
             try:
@@ -177,7 +195,7 @@ class Ray:
         gpus = options.gpus_per_run
         self._train = ray.remote(
             num_cpus=threads if options.cpus_per_run is None else options.cpus_per_run,
-            num_gpus=float(device.startswith("cuda")) if gpus is None else gpus,
+            num_gpus=device.startswith("cuda") / runs_per_gpu if gpus is None else gpus,
             max_retries=options.retries,
         )(_carry_out)
 
@@ -310,19 +328,27 @@ _OPTIONS: dict[str, type[BaseModel]] = {"ray": RayOptions, "slurm": SlurmOptions
 
 
 def launcher(
-    name: str, settings: Sequence[str], *, out: Path, workers: int, threads: int, device: str
+    name: str,
+    settings: Sequence[str],
+    *,
+    out: Path,
+    workers: int,
+    threads: int,
+    device: str,
+    gpus: Sequence[str] = (),
+    runs_per_gpu: int = 1,
 ) -> Launcher:
-    """The launcher ``name`` with ``KEY=VALUE`` settings.
+    """The launcher ``name`` with ``KEY=VALUE`` settings; ``gpus`` are this machine's.
 
     Raises SpecError for what is unknown or out of range, RuntimeError if it cannot be had here.
     """
     options = launcher_options(name, settings)
     if isinstance(options, RayOptions):
-        return Ray(options, threads=threads, device=device)
+        return Ray(options, threads=threads, device=device, runs_per_gpu=runs_per_gpu)
     if isinstance(options, SlurmOptions):
         folder = out / ".submitit"
         return Submitit(slurm_executor(options, folder, threads=threads, device=device))
-    return Local(workers)
+    return Local(workers, gpus)
 
 
 def launcher_options(name: str, settings: Sequence[str]) -> BaseModel | None:

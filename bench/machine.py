@@ -141,6 +141,19 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def gpus(device: str) -> list[str]:
+    """The GPUs that ``device`` (as `resolve_device` returns it) stands for, as
+    CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return []
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    every = visible or [str(number) for number in range(torch.cuda.device_count())]
+    return [every[int(index)]] if index else every
+
+
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from bench import machine
-from bench.launch import Launcher, Order, Remote, SlurmOptions, Submitit, launcher, launcher_options
+from bench.launch import (
+    Launcher,
+    Local,
+    Order,
+    Remote,
+    SlurmOptions,
+    Submitit,
+    launcher,
+    launcher_options,
+)
 from bench.launch import slurm_executor as make_executor
 from bench.spec import RunSpec, SpecError
 from bench.store import RunStore
@@ -50,6 +59,40 @@ def undisturbed(specs: list[RunSpec], open_store: Open, out: Path) -> list[RunSt
     for spec, store in zip(specs, stores, strict=True):
         train(spec, store)
     return stores
+
+
+# ---------------------------------------------------------------------------------- this machine
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")
+def test_runs_are_shared_out_evenly_over_gpus(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    """What a run sees of the machine's GPUs; there need be none to see that."""
+
+    def seen(process: Any) -> str:
+        facts = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+        return next(fact for fact in facts if fact.startswith("CUDA_VISIBLE_DEVICES=")).split("=")[
+            1
+        ]
+
+    spec = toy_spec(steps_per_task=5_000, eval_every=5_000)
+    order = Order(open_store(tmp_path, spec).path, ("--device", "cpu"), 1)
+    local = Local(4, ["2", "GPU-5f"])
+    handles: list[Any] = local.start([order] * 4)
+    processes = [handle.process for handle in handles]
+    try:
+        assert sorted(map(seen, processes)) == ["2", "2", "GPU-5f", "GPU-5f"]
+        gone = processes[1]
+        gone.kill()
+        gone.wait()
+        (handle,) = local.start([order])
+        processes.append(handle.process)
+        assert seen(handle.process) == "GPU-5f"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 # ------------------------------------------------------------------------------------------- Ray
