@@ -781,7 +781,9 @@ def test_configuration_is_decided_by_suite_and_length() -> None:
     large = MEGAConfig().for_run(suite_of(11), plan)
     assert (large.precision, large.population_size) == (4, 4)
     assert small.for_run(suite_of(50), plan) == small  # decided once
-    assert MEGAConfig().for_run(suite_of(10), Plan(4_000, 200, 400)).window == 6
+    short = {4_000: 6, 20_400: 20, 10_400: 10, 100_400: 25}  # 18, 100, 50 and 500 episodes
+    for steps, window in short.items():
+        assert MEGAConfig().for_run(suite_of(10), Plan(steps, 200, 400)).window == window
     assert MEGAConfig(evolve=False).for_run(suite_of(10), plan).window is None
 
 
