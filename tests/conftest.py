@@ -69,6 +69,12 @@ def toy_spec(algorithm: str = "mt_sac", seed: int = 0, **overrides: Any) -> RunS
     )
 
 
+@pytest.fixture(scope="session")
+def toy_run() -> dict[str, int]:
+    """The protocol of a run of seconds."""
+    return TOY
+
+
 @pytest.fixture(scope="session", name="toy_spec")
 def _toy_spec() -> Callable[..., RunSpec]:
     return toy_spec

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.spec import SpecError
+from bench.spec import RunSpec, SpecError
+from bench.store import RunStore
 from bench.sweep import Request, ablations, expand, names, plan, read_grid
+from bench.train import train
 
 
 def request(*algorithms: str, seeds: tuple[int, ...] = (0,), **overrides: object) -> Request:
@@ -72,6 +76,22 @@ def test_every_shipped_ablation_resolves() -> None:
         assert len(expand([request])) == len(entry["algos"])  # every row is another configuration
         assert entry["paper"]
         assert entry["description"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", sorted({a for e in ablations().values() for a in e["algos"]}))
+def test_every_row_of_the_shipped_ablations_trains(
+    label: str, toy_run: dict[str, int], open_store: Callable[..., RunStore], tmp_path: Path
+) -> None:
+    """To its end, on the toy suite."""
+    spec = RunSpec.resolve(label, "toy", 0, preset_name="smoke", overrides=toy_run)
+    store = open_store(tmp_path, spec)
+    train(spec, store)
+    assert store.done
+    rows = [line.split(",") for line in (store.path / "metrics.csv").read_text().splitlines()]
+    final = [float(row[4]) for row in rows if row[1] == "final" and row[3] == "return"]
+    assert len(final) == 3
+    assert np.isfinite(final).all()
 
 
 def test_a_grid_lays_runs_over_its_top(tmp_path: Path) -> None:
