@@ -439,7 +439,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         loaded = {key: loaded[key] for key in ("step", "lengths", "content")}
     except Exception as error:  # noqa: BLE001  (torch raises many kinds on a file that is none)
-        _warn_skipped(path, f"{type(error).__name__}: {error}")
+        # Only what went wrong: torch goes on with advice on loading files without its safeguards.
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        _warn_skipped(path, f"{type(error).__name__}: {reason}")
         return None
     return loaded
 
