@@ -1075,6 +1075,7 @@ def speed(
         str, typer.Option("--threads", help="Threads, comma-separated; all: every core.")
     ] = "1",
     device: Device = "auto",
+    set_: Set = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Of measuring, per row.")
     ] = 6.0,
@@ -1092,6 +1093,7 @@ def speed(
     """
     import algorithms
     from bench import machine
+    from bench.spec import parse_overrides
     from bench.speed import simulator_rows, speed_rows
     from bench.sweep import names
 
@@ -1107,7 +1109,10 @@ def speed(
         raise UsageError(str(error)) from None
     labels = names(algos, "--algos") if algos else algorithms.names()
     suites = names(suite, "--suite")
-    rows = speed_rows(labels, suites, names(preset, "--preset"), chosen, counts, seconds)
+    rows = speed_rows(
+        labels, suites, names(preset, "--preset"), chosen, counts, seconds,
+        parse_overrides(set_ or []),
+    )  # fmt: skip
     worlds = [row for name in suites if simulators for row in simulator_rows(name, seconds)]
     facts = machine.hardware(chosen)
     if json:

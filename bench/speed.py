@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -130,6 +130,7 @@ def speed_rows(
     device: str,
     threads: Sequence[int],
     seconds: float = 6.0,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per algorithm, suite, preset and number of threads, ``seconds`` of measuring each.
 
@@ -144,14 +145,22 @@ def speed_rows(
     rows = []
     for suite, preset, count in itertools.product(suites, presets, threads):
         torch.set_num_threads(count)
-        rows += _setting(labels, suite, preset, device, count, seconds)
+        specs = [
+            RunSpec.resolve(label, suite, 0, preset_name=preset, overrides=overrides)
+            for label in labels
+        ]
+        rows += _setting(labels, specs, preset, device, count, seconds)
     return rows
 
 
 def _setting(
-    labels: Sequence[str], suite: str, preset: str, device: str, threads: int, seconds: float
+    labels: Sequence[str],
+    specs: Sequence[RunSpec],
+    preset: str,
+    device: str,
+    threads: int,
+    seconds: float,
 ) -> list[dict[str, Any]]:
-    specs = [RunSpec.resolve(label, suite, 0, preset_name=preset) for label in labels]
     agents = [_agent(spec, device) for spec in specs]
     rounds, peaks = [], []
     for _ in range(ROUNDS):
@@ -167,8 +176,9 @@ def _setting(
         rows.append(
             {
                 "algorithm": label,
-                "suite": suite,
+                "suite": spec.suite,
                 "preset": preset,
+                "tasks": agent.suite.num_tasks,
                 "batch": spec.protocol.batch_per_task * agent.suite.num_tasks,
                 "threads": threads,
                 "update_ms": 1e3 * parts.update,
@@ -194,11 +204,12 @@ def simulator_rows(suite: str, seconds: float = 6.0) -> list[dict[str, Any]]:
     action = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     with contextlib.ExitStack() as stack:
         steps: dict[str, Callable[[], Any]] = {}
-        for workers in (0, os.cpu_count() or 1):
+        cores = os.cpu_count() or 1
+        for workers in sorted({0, *(2**n for n in range(cores.bit_length())), cores}):
             envs = world.make(seed=0, workers=workers)
             stack.callback(envs.close)
             envs.reset()
-            name = f"ours, {workers} worker processes" if workers else "ours, in one process"
+            name = f"ours, --sim-workers {workers}"
             steps[name] = partial(envs.step, action)
         for name, peer in world.peers().items():
             steps[name] = stack.enter_context(peer())
