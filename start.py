@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
         return call(bench, *rest)
     if what == "test":
         tier = "slow" if rest else "not slow"
-        return call(str(VENV / "bin" / "pytest"), "-m", tier, "-n", "auto", "--maxprocesses", "4")
+        spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]
+        return call(str(VENV / "bin" / "pytest"), "-m", tier, *spread)
     code = call(bench, "run", *SMOKE, "--out", str(SMOKE_OUT))
     return code or call(bench, "report", "--out", str(SMOKE_OUT))
 

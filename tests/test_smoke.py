@@ -13,6 +13,8 @@ from bench.store import RunStore, find
 from bench.train import replay_capacity, replay_slack
 
 BENCH = [sys.executable, "-m", "bench.cli"]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
+"""One process for all, which trains the job once."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,6 @@ def run_of(out: Path, algorithm: str) -> RunStore:
     return store
 
 
-@pytest.mark.slow
 def test_the_smoke_job_exercises_everything(out: Path) -> None:
     for algorithm in ("mega", "d2r"):
         store = run_of(out, algorithm)
@@ -49,7 +50,6 @@ def test_the_smoke_job_exercises_everything(out: Path) -> None:
         assert trace["modules_used"].max() <= 16
 
 
-@pytest.mark.slow
 def test_its_page_says_that_it_is_no_result(out: Path) -> None:
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert "SMOKE" in page
@@ -57,7 +57,6 @@ def test_its_page_says_that_it_is_no_result(out: Path) -> None:
         assert word in page
 
 
-@pytest.mark.slow
 def test_the_reference_policies_frame_what_can_be_reached(out: Path) -> None:
     assert run_of(out, "expert").status()["success"] >= 0.8
     assert run_of(out, "random").status()["success"] <= 0.2
