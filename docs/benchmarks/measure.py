@@ -1,0 +1,117 @@
+"""Measure this machine for docs/benchmarks.md, and draw what was measured.
+
+    python docs/benchmarks/measure.py          about 15 minutes on an idle machine
+    python docs/benchmarks/measure.py draw     the figure alone, of the numbers beside this file
+
+Every part is what `bench speed` measures; algorithms that are compared take turns in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from algorithms import names
+from bench import machine
+from bench.speed import simulator_rows, speed_rows
+from reports.drawing import STYLE, legend, legend_line, looks, new_figure
+
+HERE = Path(__file__).resolve().parent
+SCALED = ("mt_sac", "d2r", "mega")
+STAGES = ("mt_sac", *(f"mega@fixed{stage}" for stage in (1, 3, 8, 16, 24)))
+EVERY = (*(["mt_sac", *(name for name in names() if name != "mt_sac")]), "soft_module@shallow",
+         "mega@critic_mlp")  # fmt: skip
+TASKS = (1, 10, 25, 50, 200)
+BATCHES = (8, 16, 32, 64, 128, 256)
+Rows = list[dict[str, Any]]
+
+
+def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) -> Rows:
+    """Rows of `bench.speed.speed_rows` on the CPU, with one thread unless ``more`` has others."""
+    return speed_rows(labels, suites, [preset], "cpu", **({"threads": [1], "seconds": 5} | more))
+
+
+PARTS: dict[str, Callable[[], Rows]] = {
+    "paper": lambda: speed(EVERY, ["mt10_rand"], "paper"),
+    "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
+    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=20),
+    "threads": lambda: speed(SCALED, ["mt10_rand"], "paper", threads=[2]),
+    "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
+    "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
+    "batches": lambda: [
+        row
+        for rows in BATCHES
+        for row in speed(SCALED, ["mt10_rand"], "cpu", overrides={"batch_per_task": rows})
+    ],
+    "simulators": lambda: simulator_rows("mt10_rand", 20),
+}
+
+
+def measure() -> None:
+    """All parts into ``measured.json``."""
+    found: dict[str, Any] = {
+        "hardware": machine.hardware("cpu"), "versions": machine.versions(),
+        "commit": machine.git_commit(),
+    }  # fmt: skip
+    for name, part in PARTS.items():
+        print(name, flush=True)
+        found[name] = part()
+    (HERE / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw() -> None:
+    """``scaling.png`` from ``measured.json``."""
+    found = json.loads((HERE / "measured.json").read_text())
+    styles = looks(SCALED)
+    with mpl.rc_context(STYLE):
+        made = new_figure(4.6)
+        (tasks, batches), (stages, simulators) = made.subplots(2, 2)
+        for axes, part, of, words in (
+            (tasks, "tasks", "tasks", "tasks (toy, cpu preset)"),
+            (batches, "batches", "batch", "rows of an update (MT10, cpu preset)"),
+        ):
+            for label in SCALED:
+                mine = [row for row in found[part] if row["algorithm"] == label]
+                curve(axes, [(row[of], row["update_ms"]) for row in mine], styles[label].colour)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(words)
+            axes.set_ylabel("ms per update")
+            axes.set_xticks(sorted({row[of] for row in found[part]}))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_formatter(NullFormatter())
+        grown = [row for row in found["stages"] if row["algorithm"] != "mt_sac"]
+        points = [(int(row["algorithm"].partition("fixed")[2]), row["ratio"]) for row in grown]
+        curve(stages, points, styles["mega"].colour)
+        stages.axhline(1, color=styles["mt_sac"].colour, linewidth=1)
+        stages.set_ylim(bottom=0)
+        stages.set_xlabel("stage of every task (MT10, the paper's sizes)")
+        stages.set_ylabel("update, MT-SAC = 1")
+        bars = found["simulators"]
+        simulators.barh(
+            [row["simulator"] for row in bars], [row["steps_per_second"] for row in bars],
+            color="#8a8a8a",
+        )  # fmt: skip
+        simulators.invert_yaxis()
+        simulators.set_xlabel("environment steps/s (MT10, random actions)")
+        legend(made, [legend_line(styles[label], label) for label in SCALED])
+        made.savefig(HERE / "scaling.png", dpi=150)
+
+
+def curve(axes: Axes, points: list[tuple[float, float]], colour: str) -> None:
+    """A line through points."""
+    axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["draw"]:
+        measure()
+    draw()
