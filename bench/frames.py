@@ -210,7 +210,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     A run's snapshots repeat their arrays' headers, which numpy would parse thousands of times.
     Raises ValueError if an array cannot be read, BadZipFile if the file is damaged.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         return {
             name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()
         }

@@ -103,25 +103,42 @@ def _around_increases(section: Section) -> pd.DataFrame:
     """
     settings = section.runs.set_index("run")
     train = section.results.metrics.query("kind == 'train' and metric in ('success', 'return')")
-    frames = []
+    train = train.assign(
+        value=np.where(
+            train["metric"] == "success", train["value"] / train["count"], train["value"]
+        )
+    )
+    by_run = dict(list(train.groupby("run")))
+    found: list[tuple[Any, ...]] = []
     for run in section.probed("stage_events"):
         of_run = settings.loc[run.run].to_dict()
         span = float(of_run.get("config.window", "nan"))
         span *= float(of_run.get("protocol.horizon", "nan"))
+        if not span > 0 or run.run not in by_run:
+            continue
         last = float(of_run["step"])
-        rows = train[train["run"] == run.run].assign(
-            value=lambda r: np.where(r["metric"] == "success", r["value"] / r["count"], r["value"])
+        table = by_run[run.run].pivot_table(
+            index="step", columns=["metric", "task"], values="value"
         )
+        steps = table.index.to_numpy(float)
+        values = {key: column.to_numpy() for key, column in table.items()}
         for number, (step, task, *_) in enumerate(_events(run)):
-            if not span > 0 or step < span or step + span > last:
+            name = section.tasks[task]
+            if step < span or step + span > last or ("return", name) not in values:
                 continue
-            near = rows[rows["task"] == section.tasks[task]]
-            near = near.assign(window=(near["step"] - step) / span)
-            near = near[near["window"].between(-SHOWN_WINDOWS, SHOWN_WINDOWS, inclusive="right")]
-            bins = (np.ceil(near["window"] * BINS_PER_WINDOW) - 0.5) / BINS_PER_WINDOW
-            found = near.groupby([bins, "metric"])["value"].mean().unstack("metric")
-            frames.append(found.reset_index().assign(label=run.label, run=run.run, event=number))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+            window = (steps - step) / span
+            near = (window > -SHOWN_WINDOWS) & (window <= SHOWN_WINDOWS)
+            places, index = np.unique(np.ceil(window[near] * BINS_PER_WINDOW), return_inverse=True)
+            success, return_ = (
+                np.bincount(index, values[metric, name][near]) / np.bincount(index)
+                for metric in ("success", "return")
+            )
+            middle = (places - 0.5) / BINS_PER_WINDOW
+            found += [
+                (*point, run.label, run.run, number)
+                for point in zip(middle, success, return_, strict=True)
+            ]
+    return pd.DataFrame(found, columns=["window", "success", "return", "label", "run", "event"])
 
 
 @figure("after_growth")

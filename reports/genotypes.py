@@ -99,7 +99,7 @@ def collect(
     return list(seen.values())
 
 
-def embed(sample: list[tuple[int, Bits]], precision: int, max_points: int = 400) -> Embedding:
+def embed(sample: list[tuple[int, Bits]], precision: int, max_points: int = 300) -> Embedding:
     """t-SNE of the weight matrices, fixed seed, perplexity fitted to the sample.
 
     Raises:

@@ -224,7 +224,7 @@ def modules_difference(section: Section) -> Drawing:
 # Routes ------------------------------------------------------------------------------------------
 
 MAX_PANELS = 3
-MAX_POINTS = 600
+MAX_POINTS = 400
 """Routes of which t-SNE makes one plane."""
 
 

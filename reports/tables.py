@@ -831,11 +831,11 @@ def _settings(section: Section, prefix: str) -> dict[str, dict[str, str]]:
     for column in section.runs.columns:
         if not str(column).startswith(prefix):
             continue
-        values = section.runs[column].map(text)
-        name = str(column).removeprefix(prefix)
-        out[name] = {
-            label: " / ".join(sorted(set(values[section.runs["label"] == label]) - {""}))
-            for label in section.labels
+        found: dict[str, set[str]] = {label: set() for label in section.labels}
+        for label, value in zip(section.runs["label"], section.runs[column], strict=True):
+            found[label].add(text(value))
+        out[str(column).removeprefix(prefix)] = {
+            label: " / ".join(sorted(values - {""})) for label, values in found.items()
         }
     return {name: values for name, values in out.items() if any(values.values())}
 
