@@ -167,12 +167,12 @@ class SoftModuleNetwork(nn.Module):
         for condition, layer in zip(self.conditions, self.logits[1:], strict=True):
             code = self.reading == "code"
             before = torch.cat([w.flatten(-2) for w in weights], -1) if code else logits[-1]
-            logits.append(layer((features * condition(before)).relu()))
+            logits.append(layer((features * condition(before)).relu_()))
             weights.append(_rows(logits[-1], n))
         if self.reading == "paper":
             return weights, None
         before = torch.cat([w.flatten(-2) for w in weights], -1)
-        output = self.output_logits((features * self.output_condition(before)).relu())
+        output = self.output_logits((features * self.output_condition(before)).relu_())
         return weights, torch.softmax(output, -1)
 
     def forward(self, x: Tensor) -> Tensor:
