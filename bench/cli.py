@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bench.evaluate import Policy
     from bench.spec import RunSpec
     from bench.speed import Cost
-    from bench.sweep import Job, Mistake, Request
+    from bench.sweep import Job, Request
     from reports import Results
     from suites.base import VectorEnv
 
@@ -165,26 +165,19 @@ def run(
 
     Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
     """
-    from bench.spec import parse_seeds
-    from bench.sweep import Request, expand, names, read_grid
+    from bench.sweep import expand, read_grid, read_options
 
     overrides = _overrides(set_, steps)
-    mistakes: list[Mistake] = []
     if grid is not None:
         requests, mistakes = read_grid(grid, algos=algos, suite=suite, seeds=seeds, preset=preset)
-        requests = [_with_overrides(request, overrides) for request in requests]
+    elif algos is None or suite is None:
+        raise UsageError(
+            "say what to run: --algos mega,d2r --suite mt10_rand --seeds 5, or --grid FILE.toml"
+        )
     else:
-        if algos is None or suite is None:
-            raise UsageError(
-                "say what to run: --algos mega,d2r --suite mt10_rand --seeds 5, or --grid FILE.toml"
-            )
-        requests = [
-            Request(
-                algorithms=names(algos, "--algos"), suites=names(suite, "--suite"),
-                seeds=parse_seeds("5" if seeds is None else seeds), preset=preset or "cpu",
-                overrides=overrides,
-            )
-        ]  # fmt: skip
+        given = "5" if seeds is None else seeds
+        requests, mistakes = read_options(algos, suite, given, preset or "cpu")
+    requests = [_with_overrides(request, overrides) for request in requests]
     how = How(
         out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
         sim_workers, hang_seconds, track, notify, disk_budget, allow_other_numerics,

@@ -259,13 +259,12 @@ class RunSpec(BaseModel):
                 chosen = preset(preset_name)
             with problems:
                 agent = _agent(name)
+                with problems:
+                    mine = _for_algorithm(overrides or {}, name, agent)
+                with problems:
+                    variant_values(agent, name, variant)
             with problems:
                 shape = _shape(suite)
-        with collected() as problems:
-            with problems:
-                mine = _for_algorithm(overrides or {}, name, agent)
-            with problems:
-                variant_values(agent, name, variant)
         large = chosen.protocol_large if shape.large else {}
 
         def values(

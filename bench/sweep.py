@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import algorithms
 from bench.launch import Exit, Handle, Launcher, Order
 from bench.spec import RunSpec, SpecError, parse_seeds, preset_names
 from bench.speed import Cost
@@ -166,6 +167,15 @@ def read_grid(
     return requests, mistakes
 
 
+def read_options(
+    algos: str, suite: str, seeds: str, preset: str
+) -> tuple[list[Request], list[Mistake]]:
+    """The request of a command line's options; what is wrong comes with it, as in `read_grid`."""
+    options = {"algos": algos, "suite": suite, "seeds": seeds, "preset": preset}
+    request, mistakes = _read_request(options, {}, {}, "")
+    return ([request] if request else []), mistakes
+
+
 def _strange_keys(table: Mapping[str, Any], place: str) -> list[Mistake]:
     return [
         Mistake(place, unknown("key", key, _GRID_KEYS)) for key in table if key not in _GRID_KEYS
@@ -233,7 +243,8 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """``[set.mega] start_stage = 4`` as ``mega.start_stage``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        # An algorithm's table may be empty; as a field's value an empty table is a mistake to tell.
+        if isinstance(value, dict) and (value or key in algorithms.names()):
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
             flat[key] = value

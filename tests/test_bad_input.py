@@ -188,6 +188,16 @@ def test_mistakes_in_grids(data: st.DataObject) -> None:
             assert place in done.stderr, f"nothing is told of {place} in\n{text}\n{done.stderr}"
 
 
+def test_an_empty_table_is_no_value(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    top = 'algos = ["mega"]\nsuite = "toy"\nseeds = 1\n'
+    path.write_text(f"{top}set = {{ horizon = {{}} }}\n")
+    with pytest.raises(SpecError, match="horizon"):
+        expand(*read_grid(path))
+    path.write_text(f"{top}[set.mega]\n# nothing yet\n")
+    assert len(expand(*read_grid(path))) == 1
+
+
 def test_one_mistake_is_told_once() -> None:
     request = Request(["mega", "d2r", "mt_sac"], ["toy", "toy4"], [0], "smoke",
                       {"steps_per_task": 301, "gama": 1, "gamma": 7})  # fmt: skip
@@ -238,3 +248,15 @@ def test_different_names_have_different_folders() -> None:
     names = ["a/b", "a_b", "a\\b", "../a", ".a", "é", "x" * 160, "x" * 161, "mega@fixed8", "toy"]
     assert len({folder(name) for name in names}) == len(names)
     assert folder("custom_rand:reach-v3+push-v3") == "custom_rand:reach-v3+push-v3"
+
+
+def test_all_mistakes_of_a_command_are_told_at_once() -> None:
+    done = bench("run", "--algos", "mgea,d2r@topp1", "--suite", "mt10_rnd", "--seeds", "x",
+                 "--preset", "cpuu")  # fmt: skip
+    assert done.returncode == 2
+    for wrong, meant in [
+        ("mgea", "mega"), ("topp1", "top1"), ("mt10_rnd", "mt10_rand"), ("cpuu", "cpu"),
+        ("'x'", "0-9"),
+    ]:  # fmt: skip
+        (line,) = [line for line in done.stderr.splitlines() if wrong in line.partition(";")[0]]
+        assert meant in line

@@ -1,6 +1,6 @@
 """Measure this machine for docs/benchmarks.md, and draw what was measured.
 
-    python docs/benchmarks/measure.py          about 15 minutes on an idle machine
+    python docs/benchmarks/measure.py          about 8 minutes on an idle machine
     python docs/benchmarks/measure.py draw     the figure alone, of the numbers beside this file
 
 Every part is what `bench speed` measures; algorithms that are compared take turns in one process.
@@ -35,13 +35,13 @@ Rows = list[dict[str, Any]]
 
 def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) -> Rows:
     """Rows of `bench.speed.speed_rows` on the CPU, with one thread unless ``more`` has others."""
-    return speed_rows(labels, suites, [preset], "cpu", **({"threads": [1], "seconds": 5} | more))
+    return speed_rows(labels, suites, [preset], "cpu", **({"threads": [1], "seconds": 3} | more))
 
 
 PARTS: dict[str, Callable[[], Rows]] = {
     "paper": lambda: speed(EVERY, ["mt10_rand"], "paper"),
     "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
-    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=20),
+    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=10),
     "threads": lambda: speed(SCALED, ["mt10_rand"], "paper", threads=[2]),
     "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
     "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
@@ -50,7 +50,7 @@ PARTS: dict[str, Callable[[], Rows]] = {
         for rows in BATCHES
         for row in speed(SCALED, ["mt10_rand"], "cpu", overrides={"batch_per_task": rows})
     ],
-    "simulators": lambda: simulator_rows("mt10_rand", 20),
+    "simulators": lambda: simulator_rows("mt10_rand", 10),
 }
 
 
