@@ -189,7 +189,7 @@ def _read_request(
     mistakes: list[Mistake] = []
 
     def read(key: str, what: Callable[[Any], Any], otherwise: Any) -> Any:
-        if key in ("algos", "suite", "seeds") and merged.get(key) in (None, "", []):
+        if merged.get(key) is None:
             mistakes.append(Mistake(place, f"{key} missing"))
             return otherwise
         try:
