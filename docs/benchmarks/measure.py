@@ -1,6 +1,6 @@
 """Measure this machine for docs/benchmarks.md, and draw what was measured.
 
-    python docs/benchmarks/measure.py          about 8 minutes on an idle machine
+    python docs/benchmarks/measure.py          about 15 minutes on an idle machine
     python docs/benchmarks/measure.py draw     the figure alone, of the numbers beside this file
 
 Every part is what `bench speed` measures; algorithms that are compared take turns in one process.
@@ -40,22 +40,22 @@ def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) 
 
 PARTS: dict[str, Callable[[], Rows]] = {
     "paper": lambda: speed(EVERY, ["mt10_rand"], "paper"),
-    "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
-    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=10),
-    "threads": lambda: speed(SCALED, ["mt10_rand"], "paper", threads=[2]),
+    "simulators": lambda: simulator_rows("mt10_rand", 10),
     "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
     "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
     "batches": lambda: [
         row
         for rows in BATCHES
-        for row in speed(SCALED, ["mt10_rand"], "cpu", overrides={"batch_per_task": rows})
+        for row in speed(SCALED, ["toy10"], "cpu", overrides={"batch_per_task": rows})
     ],
-    "simulators": lambda: simulator_rows("mt10_rand", 10),
+    "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
+    "threads": lambda: speed(SCALED, ["mt10_rand"], "paper", threads=[2]),
+    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=10),
 }
 
 
 def measure() -> None:
-    """All parts into ``measured.json``."""
+    """All parts into ``measured.json``, one after the other."""
     found: dict[str, Any] = {
         "hardware": machine.hardware("cpu"), "versions": machine.versions(),
         "commit": machine.git_commit(),
@@ -63,47 +63,69 @@ def measure() -> None:
     for name, part in PARTS.items():
         print(name, flush=True)
         found[name] = part()
-    (HERE / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
+        (HERE / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def draw() -> None:
-    """``scaling.png`` from ``measured.json``."""
+    """``scaling.png`` from ``measured.json``, a panel for each part that is there."""
     found = json.loads((HERE / "measured.json").read_text())
-    styles = looks(SCALED)
+    there = [part for part in PANELS if part in found]
     with mpl.rc_context(STYLE):
-        made = new_figure(4.6)
-        (tasks, batches), (stages, simulators) = made.subplots(2, 2)
-        for axes, part, of, words in (
-            (tasks, "tasks", "tasks", "tasks (toy, cpu preset)"),
-            (batches, "batches", "batch", "rows of an update (MT10, cpu preset)"),
-        ):
-            for label in SCALED:
-                mine = [row for row in found[part] if row["algorithm"] == label]
-                curve(axes, [(row[of], row["update_ms"]) for row in mine], styles[label].colour)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.set_xlabel(words)
-            axes.set_ylabel("ms per update")
-            axes.set_xticks(sorted({row[of] for row in found[part]}))
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(ScalarFormatter())
-                axis.set_minor_formatter(NullFormatter())
-        grown = [row for row in found["stages"] if row["algorithm"] != "mt_sac"]
-        points = [(int(row["algorithm"].partition("fixed")[2]), row["ratio"]) for row in grown]
-        curve(stages, points, styles["mega"].colour)
-        stages.axhline(1, color=styles["mt_sac"].colour, linewidth=1)
-        stages.set_ylim(bottom=0)
-        stages.set_xlabel("stage of every task (MT10, the paper's sizes)")
-        stages.set_ylabel("update, MT-SAC = 1")
-        bars = found["simulators"]
-        simulators.barh(
-            [row["simulator"] for row in bars], [row["steps_per_second"] for row in bars],
-            color="#8a8a8a",
-        )  # fmt: skip
-        simulators.invert_yaxis()
-        simulators.set_xlabel("environment steps/s (MT10, random actions)")
-        legend(made, [legend_line(styles[label], label) for label in SCALED])
+        made = new_figure(2.5)
+        for axes, part in zip(made.subplots(1, len(there)), there, strict=True):
+            PANELS[part](axes, found[part])
+        legend(made, [legend_line(LOOKS[label], label) for label in SCALED])
         made.savefig(HERE / "scaling.png", dpi=150)
+
+
+LOOKS = looks(SCALED)
+
+
+def against(of: str, words: str) -> Callable[[Axes, Rows], None]:
+    """A panel of update times against ``of``, both logarithmic."""
+
+    def panel(axes: Axes, rows: Rows) -> None:
+        for label in SCALED:
+            mine = [row for row in rows if row["algorithm"] == label]
+            curve(axes, [(row[of], row["update_ms"]) for row in mine], LOOKS[label].colour)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(words)
+        axes.set_ylabel("ms per update")
+        axes.set_xticks(sorted({row[of] for row in rows}))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+
+    return panel
+
+
+def of_stages(axes: Axes, rows: Rows) -> None:
+    """MEGA's update against the stage of its tasks, as a multiple of MT-SAC's."""
+    grown = [row for row in rows if row["algorithm"] != "mt_sac"]
+    points = [(int(row["algorithm"].partition("fixed")[2]), row["ratio"]) for row in grown]
+    curve(axes, points, LOOKS["mega"].colour)
+    axes.axhline(1, color=LOOKS["mt_sac"].colour, linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("stage of every task (MT10, paper)")
+    axes.set_ylabel("update, MT-SAC = 1")
+
+
+def of_simulators(axes: Axes, rows: Rows) -> None:
+    """Steps/s of simulators."""
+    names = [row["simulator"].replace(", ", ",\n") for row in rows]
+    axes.barh(names, [row["steps_per_second"] for row in rows], color="#8a8a8a")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("environment steps/s (MT10)")
+
+
+PANELS: dict[str, Callable[[Axes, Rows], None]] = {
+    "tasks": against("tasks", "tasks (toy, cpu preset)"),
+    "batches": against("batch", "rows of an update (toy10, cpu preset)"),
+    "stages": of_stages,
+    "simulators": of_simulators,
+}
 
 
 def curve(axes: Axes, points: list[tuple[float, float]], colour: str) -> None:
