@@ -72,9 +72,7 @@ def test_runs_are_shared_out_evenly_over_gpus(
 
     def seen(process: Any) -> str:
         facts = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
-        return next(fact for fact in facts if fact.startswith("CUDA_VISIBLE_DEVICES=")).split("=")[
-            1
-        ]
+        return dict(fact.split("=", 1) for fact in facts if fact)["CUDA_VISIBLE_DEVICES"]
 
     spec = toy_spec(steps_per_task=5_000, eval_every=5_000)
     order = Order(open_store(tmp_path, spec).path, ("--device", "cpu"), 1)

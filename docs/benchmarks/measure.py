@@ -26,8 +26,8 @@ from reports.drawing import STYLE, legend, legend_line, looks, new_figure
 HERE = Path(__file__).resolve().parent
 SCALED = ("mt_sac", "d2r", "mega")
 STAGES = ("mt_sac", *(f"mega@fixed{stage}" for stage in (1, 3, 8, 16, 24)))
-EVERY = (*(["mt_sac", *(name for name in names() if name != "mt_sac")]), "soft_module@shallow",
-         "mega@critic_mlp")  # fmt: skip
+EVERY = tuple(dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "mega@critic_mlp"]))
+"""MT-SAC first: ratios are to it."""
 TASKS = (1, 10, 25, 50, 200)
 BATCHES = (8, 16, 32, 64, 128, 256)
 Rows = list[dict[str, Any]]
