@@ -149,14 +149,13 @@ def speed_rows(
             RunSpec.resolve(label, suite, 0, preset_name=preset, overrides=overrides)
             for label in labels
         ]
-        rows += _setting(labels, specs, preset, device, count, seconds)
+        rows += _setting(labels, specs, device, count, seconds)
     return rows
 
 
 def _setting(
     labels: Sequence[str],
     specs: Sequence[RunSpec],
-    preset: str,
     device: str,
     threads: int,
     seconds: float,
@@ -177,7 +176,7 @@ def _setting(
             {
                 "algorithm": label,
                 "suite": spec.suite,
-                "preset": preset,
+                "preset": spec.preset,
                 "tasks": agent.suite.num_tasks,
                 "batch": spec.protocol.batch_per_task * agent.suite.num_tasks,
                 "threads": threads,
