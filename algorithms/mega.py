@@ -654,21 +654,24 @@ def _diversity(tasks: tuple[str, ...], probes: list[dict[str, np.ndarray]]) -> F
     )  # fmt: skip
 
 
-def _matrices(probe: dict[str, np.ndarray], config: MEGAConfig) -> list[NDArray[np.float64]]:
-    """The weights of each task's best genotype, all of one size."""
+def _matrices(probe: dict[str, np.ndarray], config: MEGAConfig) -> NDArray[np.float64]:
+    """The weights of each task's best genotype, (T, N + 1, N + 1) with the highest stage's N."""
     precision, rows = int(probe["precision"]), np.arange(len(probe["best"]))
     lengths = probe["lengths"][rows, probe["best"]]
-    best = [
-        bits[:size] for bits, size in zip(probe["genotypes"][rows, probe["best"]], lengths,
-                                          strict=True)
-    ]  # fmt: skip
-    levels = max(stage_of(int(size), precision) for size in lengths) + 1
-    return [weight_matrix(b, precision, config.weights, config.offset, levels) for b in best]
+    best = probe["genotypes"][rows, probe["best"]]
+    levels = stage_of(int(lengths.max()), precision) + 1
+    matrices = np.empty((len(best), levels, levels))
+    for size in np.unique(lengths):  # of one stage at a time
+        genotypes = best[lengths == size, :size]
+        matrices[lengths == size] = weight_matrix(
+            genotypes, precision, config.weights, config.offset, levels
+        )
+    return matrices
 
 
 def _clusters(probe: dict[str, np.ndarray], config: MEGAConfig) -> Iterator[Finding]:
     """Whether the genotypes still tell the tasks apart."""
-    flat = np.array([matrix.ravel() for matrix in _matrices(probe, config)])
+    flat = _matrices(probe, config).reshape(len(probe["best"]), -1)
     tasks, levels = len(flat), math.isqrt(flat.shape[1])
     if tasks < 2:
         return

@@ -574,11 +574,7 @@ def report(
 
     sources = list(compare) if compare else [out]
     for source in sources:
-        if not source.is_dir():
-            raise WorkError(
-                f"{'--compare' if compare else '--out'} {source}: no such directory; train "
-                "something first (bench run --help)"
-            )
+        _existing(source, "--compare" if compare else "--out")
     place = to or (Path("results/comparison") if compare else out / "report")
     while True:
         seen = _last_change(sources)
@@ -655,8 +651,7 @@ def export(
 
     if format_ not in reports.EXPORTS:
         raise UsageError(unknown("format", format_, reports.EXPORTS))
-    if not out.is_dir():
-        raise WorkError(f"--out {out}: no such directory; train something first (bench run --help)")
+    _existing(out)
     try:
         paths = reports.export(_results([out], []), to or out / "export", format_)
     except ImportError as error:
@@ -681,6 +676,8 @@ def status(
 
     Example: bench status --out results/runs --watch
     """
+    if not watch:
+        _existing(out)
     console = _console()
     while True:
         rows = _status_rows(out)
@@ -693,10 +690,19 @@ def status(
             print(_outlook(rows))
         else:
             print(f"no runs below {out}")
-        if not watch or all(row["state"] in ("done", "failed", "unreadable") for row in rows):
+        over = rows and all(row["state"] in ("done", "failed", "unreadable") for row in rows)
+        if over or not watch:
             return
         sys.stdout.flush()
         time.sleep(every)
+
+
+def _existing(folder: Path, option: str = "--out") -> None:
+    """Raises WorkError where there is no such directory."""
+    if not folder.is_dir():
+        raise WorkError(
+            f"{option} {folder}: no such directory; train something first (bench run --help)"
+        )
 
 
 STATUS_COLUMNS = ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"]
@@ -775,8 +781,7 @@ def clean(
     from bench.sweep import size
     from bench.tidy import removable, remove
 
-    if not out.is_dir():
-        raise WorkError(f"--out {out}: no such directory")
+    _existing(out)
     found = removable(find(out), checkpoints=checkpoints)
     try:
         freed = sum(removal.size for removal in found) if dry_run else remove(found)

@@ -141,10 +141,11 @@ def _training(metrics: pd.DataFrame, steps_per_task: int) -> pd.DataFrame:
         step=-(-rows["step"] // width) * width,
         value=np.where(rate, rows["value"], rows["value"] * rows["count"]),
     )
-    gathered = rows.groupby(["step", "kind", "task", "metric"], sort=False, as_index=False).sum()
+    rows = rows.drop(columns="kind")
+    gathered = rows.groupby(["step", "task", "metric"], sort=False, as_index=False).sum()
     rate = gathered["metric"] == "success"
     gathered["value"] = np.where(rate, gathered["value"], gathered["value"] / gathered["count"])
-    return gathered
+    return gathered.assign(kind="train")[list(metrics)]
 
 
 VIDEO = "video"

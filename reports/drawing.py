@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -116,11 +117,17 @@ class Drawing:
         return self.png()
 
     def _save(self, kind: str) -> bytes:
+        # By the canvas itself: ``savefig`` draws everything twice, for a layout that stands.
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
-            # Neither a date nor a version: equal frames give equal bytes.
-            clean = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-            self.figure.savefig(buffer, format=kind, metadata=clean)
+            if kind == "svg":
+                # Neither a date nor a version: equal frames give equal bytes.
+                FigureCanvasSVG(self.figure).print_svg(
+                    buffer, metadata={"Date": None, "Creator": None}
+                )
+            else:
+                self.figure.set_dpi(DPI)
+                FigureCanvasAgg(self.figure).print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -137,7 +144,8 @@ def styled(function: Callable[[Source], Drawing]) -> Callable[[Source], Drawing]
     def draw(source: Source) -> Drawing:
         with mpl.rc_context(STYLE):
             made = function(source)
-            made.figure.draw_without_rendering()
+            if engine := made.figure.get_layout_engine():
+                engine.execute(made.figure)
             made.figure.set_layout_engine("none")
             return made
 
@@ -379,11 +387,13 @@ def thin_lines(
                 LineCollection(
                     of_kind, colors=colour, linewidths=0.6, alpha=0.6,
                     linestyles="-" if finished else ":",
-                )
+                ),
+                autolim=False,
             )  # fmt: skip
+            axes.update_datalim(np.concatenate(of_kind))
     if few:
         axes.plot(*np.concatenate(few).T, ".", color=colour, markersize=3, alpha=0.6)
-    axes.autoscale_view()
+    axes.autoscale(None)  # when it is drawn; ``autoscale_view`` would do it now, for every label
 
 
 FEW_POINTS = 8

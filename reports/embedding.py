@@ -9,6 +9,9 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 RANDOM_STATE = 0
+ITERATIONS = 500
+"""Twice as many, the library's default, no longer bring hundreds of points nearer: 0.139 and 0.135,
+0.583 and 0.583 of Kullback-Leibler divergence on routes and genotypes of real runs."""
 Floats = NDArray[np.float64]
 
 
@@ -21,8 +24,9 @@ def plane(points: Floats) -> tuple[Floats, float]:
     perplexity = float(min(30.0, max(2.0, (len(points) - 1) / 3)))
     with threadpool_limits(1):
         coordinates = TSNE(
-            perplexity=perplexity, init="pca", learning_rate="auto", random_state=RANDOM_STATE
-        ).fit_transform(points)
+            perplexity=perplexity, init="pca", learning_rate="auto", max_iter=ITERATIONS,
+            random_state=RANDOM_STATE,
+        ).fit_transform(points)  # fmt: skip
     return np.asarray(coordinates, dtype=np.float64), perplexity
 
 

@@ -102,15 +102,15 @@ def _around_increases(section: Section) -> pd.DataFrame:
     without a full window of training on both sides is left out.
     """
     settings = section.runs.set_index("run")
-    train = section.results.metrics.query("kind == 'train' and metric in ('success', 'return')")
-    train = train.assign(
-        value=np.where(
-            train["metric"] == "success", train["value"] / train["count"], train["value"]
-        )
-    )
+    grown = section.probed("stage_events")
+    metrics = section.results.metrics
+    train = metrics[metrics["run"].isin([run.run for run in grown])]
+    train = train[(train["kind"] == "train") & train["metric"].isin(["success", "return"])]
+    rate = train["metric"] == "success"
+    train = train.assign(value=train["value"].where(~rate, train["value"] / train["count"]))
     by_run = dict(list(train.groupby("run")))
     found: list[tuple[Any, ...]] = []
-    for run in section.probed("stage_events"):
+    for run in grown:
         of_run = settings.loc[run.run].to_dict()
         span = float(of_run.get("config.window", "nan"))
         span *= float(of_run.get("protocol.horizon", "nan"))

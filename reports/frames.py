@@ -79,7 +79,9 @@ def _complete(frame: pd.DataFrame, columns: dict[str, Any]) -> pd.DataFrame:
     for name, default in columns.items():
         if name not in out:
             out[name] = default
-        if isinstance(default, str):
+        if isinstance(default, str) and isinstance(out[name].dtype, pd.StringDtype):
+            out[name] = out[name].fillna(default)
+        elif isinstance(default, str):
             out[name] = out[name].astype(object).where(out[name].notna(), default).map(str)
         else:
             numbers = pd.to_numeric(out[name], errors="coerce")

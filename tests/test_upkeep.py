@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import bench
+from test_cli import bench, start
 
 from bench import track
 from bench.spec import SpecError
@@ -37,6 +37,19 @@ def test_watching_ends_when_all_is_done_and_tells_what_is_left(copy: RunStore) -
         shown = bench("status", "--out", str(out_of(copy))).stdout
     assert "100/250" in shown
     assert "1 running; about 3 s left at the present rate" in shown
+
+
+def test_status_waits_for_a_sweep_only_when_it_watches(copy: RunStore, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    once = bench("status", "--out", str(later))
+    assert once.returncode == 1
+    assert f"--out {later}: no such directory" in once.stderr
+    watching = start("status", "--watch", "--every", "0.2", "--out", str(later))
+    assert watching.stdout is not None
+    assert "no runs below" in watching.stdout.readline()
+    out_of(copy).rename(later)
+    assert watching.communicate(timeout=60)[0].splitlines()[-1] == "1 done"
+    assert watching.returncode == 0
 
 
 # -------------------------------------------------------------------------------------- trackers
