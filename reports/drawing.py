@@ -119,15 +119,16 @@ class Drawing:
     def _save(self, kind: str) -> bytes:
         # By the canvas itself: ``savefig`` draws everything twice, for a layout that stands.
         buffer = io.BytesIO()
+        canvas: Any
+        # Neither a date nor a version: equal frames give equal bytes.
         with mpl.rc_context(STYLE):
             if kind == "svg":
-                # Neither a date nor a version: equal frames give equal bytes.
-                FigureCanvasSVG(self.figure).print_svg(
-                    buffer, metadata={"Date": None, "Creator": None}
-                )
+                canvas = FigureCanvasSVG(self.figure)
+                canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
             else:
                 self.figure.set_dpi(DPI)
-                FigureCanvasAgg(self.figure).print_png(buffer, metadata={"Software": None})
+                canvas = FigureCanvasAgg(self.figure)
+                canvas.print_png(buffer, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -393,7 +394,8 @@ def thin_lines(
             axes.update_datalim(np.concatenate(of_kind))
     if few:
         axes.plot(*np.concatenate(few).T, ".", color=colour, markersize=3, alpha=0.6)
-    axes.autoscale(None)  # when it is drawn; ``autoscale_view`` would do it now, for every label
+    # When it is drawn; ``autoscale_view`` would do it now, for every label.
+    axes.autoscale(None)  # type: ignore[arg-type]
 
 
 FEW_POINTS = 8

@@ -294,6 +294,21 @@ def test_compute_table_shares_and_speed() -> None:
     assert row["Actor + critic M"] == "0.49 + 0.68"
 
 
+def test_a_row_of_the_capacity_table_is_a_depth_and_not_a_name() -> None:
+    """The plain algorithm has the preset's depth: at the papers' it is their fifth layer's row."""
+    names = ("soft_module", "mtmh_sac", "mtmh_sac@layers3", "mtmh_sac@wide5", "mtmh_sac@ars")
+    made = make_results(names, seeds=2, suite="mt50_fixed")
+    depth = made.runs["algorithm"].map({names[2]: 3}).fillna(5)
+    runs = made.runs.assign(**{"config.depth": depth.where(made.runs["algorithm"] != names[0])})
+    (section,) = sections(replace(made, runs=runs))
+    rows = TABLES["capacity"](section).rows
+    shown = {(row[1], row[2]): row[0] for row in rows if row[5] == "2"}
+    assert shown == {
+        ("3", "400"): "mtmh_sac@layers3", ("5", "400"): "mtmh_sac", ("5", "600"): "mtmh_sac@wide5",
+        ("–", "–"): "soft_module",
+    }  # fmt: skip
+
+
 def test_compute_reads_the_last_row_of_the_last_step() -> None:
     """The final evaluation follows the last checkpoint: two rows of one step, many sections."""
     made = make_results()

@@ -47,24 +47,33 @@ def test_the_papers_values_are_the_defaults() -> None:
     assert (large.steps_per_task, large.replay_per_task) == (1_000_000, 200_000)
 
 
+def parameters(label: str, suite: str, preset: str, **overrides: Any) -> int:
+    """Of actor and one critic."""
+    spec = RunSpec.resolve(label, suite, 0, preset_name=preset, overrides=overrides)
+    shape = spec.make_suite().spec
+    agent = spec.agent(shape, spec.agent_config, spec.protocol.plan, seed=0)
+    return sum(agent.parameter_counts().values())
+
+
+def test_wide_networks_are_as_much_wider_at_every_scale() -> None:
+    """Soft Modularization Table 2: 600 units beside 400, so 192 beside the cpu preset's 128."""
+    for scale, width in (("paper", 600), ("cpu", 192)):
+        wide = parameters("mtmh_sac@wide4", "mt10_rand", scale)
+        assert wide == parameters("mtmh_sac", "mt10_rand", scale, depth=4, width=width)
+
+
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
 @pytest.mark.parametrize("suite", ["mt10_rand", "mt50_rand"])
 def test_plain_networks_of_matched_size(preset: str, suite: str) -> None:
     """The width is found when the run is specified, and recorded with where it came from."""
-
-    def parameters(label: str) -> int:
-        spec = RunSpec.resolve(label, suite, 0, preset_name=preset)
-        shape = spec.make_suite().spec
-        agent = spec.agent(shape, spec.agent_config, spec.protocol.plan, seed=0)
-        return sum(agent.parameter_counts().values())
 
     for variant, reference in (("match_mega16", "mega@fixed16"), ("match_d2r", "d2r")):
         spec = RunSpec.resolve(f"mtmh_sac@{variant}", suite, 0, preset_name=preset)
         assert spec.sources["width"] == f"variant {variant}"
         assert isinstance(spec.config["width"], int)
         assert spec.label == f"mtmh_sac@{variant}"
-        target = parameters(reference)
-        assert parameters(spec.label) == pytest.approx(target, rel=0.02)
+        target = parameters(reference, suite, preset)
+        assert parameters(spec.label, suite, preset) == pytest.approx(target, rel=0.02)
     by_hand = RunSpec.resolve(
         "mtmh_sac@match_d2r", suite, 0, preset_name=preset, overrides={"width": 32}
     )
