@@ -495,21 +495,24 @@ def _remaining(job: Job, seconds: float) -> float:
     return seconds * (1 - step / job.spec.protocol.steps_per_task)
 
 
+PAPER_EXAMPLES = 3
+"""Of these the plan tells the hours at the papers' scale: measuring many takes minutes."""
+
+
 def _paper_hours(jobs: list[Job], device: str) -> str:
-    """Hours of one run of each algorithm at the papers' scale, from a moment's measurement; empty
-    for suites that are not the papers'."""
+    """Hours of one run at the papers' scale, from a moment's measurement, of the first few
+    algorithms and suites; empty for suites that are not the papers'."""
     from bench.spec import RunSpec
     from bench.speed import cost
     from reports import published
 
     hours = []
     of_papers = set(published("success_rates")["suite"])
-    for name, suite in dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs):
-        if suite not in of_papers:
-            continue
+    pairs = dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs)
+    for name, suite in [pair for pair in pairs if pair[1] in of_papers][:PAPER_EXAMPLES]:
         spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
         hours.append(f"{name} on {suite} {cost(spec, device, 1, budget=0.2).seconds / 3600:,.0f} h")
-    return ", ".join(dict.fromkeys(hours))
+    return ", ".join(hours)
 
 
 def _conclude(
