@@ -21,6 +21,7 @@ from bench import machine
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
 from bench.train import replay_capacity, replay_slack
+from suites.base import VectorEnv
 
 
 class Parts(NamedTuple):
@@ -44,7 +45,8 @@ def cost(spec: RunSpec, device: str, threads: int, budget: float = 1.0) -> Cost:
     torch.set_num_threads(threads)
     p, suite = spec.protocol, spec.make_suite()
     agent = _agent(spec, device)
-    parts = measure(spec, agent, budget)
+    with contextlib.closing(_environments(spec)) as envs:
+        parts = measure(spec, agent, envs, budget)
     lockstep = parts.act + parts.step
     steps = p.steps_per_task / p.envs_per_task
     updates = (p.steps_per_task - p.warmup_steps) / p.envs_per_task * p.updates_per_step
@@ -59,18 +61,19 @@ def cost(spec: RunSpec, device: str, threads: int, budget: float = 1.0) -> Cost:
     return Cost(seconds, replay + 3 * checkpoint)
 
 
-def measure(spec: RunSpec, agent: Agent, budget: float) -> Parts:
+def _environments(spec: RunSpec) -> VectorEnv:
+    return spec.make_suite().make(seed=spec.seed, envs_per_task=spec.protocol.envs_per_task)
+
+
+def measure(spec: RunSpec, agent: Agent, envs: VectorEnv, budget: float) -> Parts:
     """Median seconds of each part, measured for about ``budget`` seconds in all."""
-    p = spec.protocol
-    envs = spec.make_suite().make(seed=spec.seed, envs_per_task=p.envs_per_task)
-    obs = envs.reset()
+    p, obs = spec.protocol, envs.reset()
     for task in range(agent.suite.num_tasks):
         for env in range(p.envs_per_task):
             agent.on_episode_start(task, env)
     action, extras = agent.act(obs, explore=True)
     act = median_seconds(lambda: agent.act(obs, explore=True), budget / 4)
     step = median_seconds(lambda: envs.step(action), budget / 4, at_most=p.horizon - 2)
-    envs.close()
     batch = example_batch(agent, p.batch_per_task, extras)
     return Parts(act, step, median_seconds(lambda: agent.update(batch), budget / 2))
 
@@ -162,14 +165,15 @@ def _setting(
 ) -> list[dict[str, Any]]:
     agents = [_agent(spec, device) for spec in specs]
     rounds, peaks = [], []
-    for _ in range(ROUNDS):
-        peaks.append(peak_gflops(device, seconds / ROUNDS / 4))
-        pairs = zip(specs, agents, strict=True)
-        rounds.append([measure(spec, agent, seconds / ROUNDS) for spec, agent in pairs])
+    with contextlib.closing(_environments(specs[0])) as envs:  # alike for all algorithms
+        for _ in range(ROUNDS):
+            peaks.append(peak_gflops(device, seconds / ROUNDS / 4))
+            pairs = zip(specs, agents, strict=True)
+            rounds.append([measure(spec, agent, envs, seconds / ROUNDS) for spec, agent in pairs])
     rows: list[dict[str, Any]] = []
     for place, (label, spec, agent) in enumerate(zip(labels, specs, agents, strict=True)):
         parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
-        envs = agent.suite.num_tasks * spec.protocol.envs_per_task
+        at_once = agent.suite.num_tasks * spec.protocol.envs_per_task
         batch = example_batch(agent, spec.protocol.batch_per_task, _extras(agent))
         gflop = work(agent, batch)
         rows.append(
@@ -187,7 +191,7 @@ def _setting(
                 "gemm_share": gemm_share(agent, batch),
                 "act_ms": 1e3 * parts.act,
                 "step_ms": 1e3 * parts.step,
-                "steps_per_second": envs / sum(parts),
+                "steps_per_second": at_once / sum(parts),
             }
         )
     return rows
