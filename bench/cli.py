@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -53,7 +55,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<
 Workers = Annotated[
     str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of each run.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads of each run.")]
 RunsPerDevice = Annotated[
     int, typer.Option("--runs-per-device", min=1, help="Runs that share a GPU, if there is one.")
 ]
@@ -72,13 +74,14 @@ Retries = Annotated[
     typer.Option("--retries", min=0, help="Start a run again whose process was killed or hung."),
 ]
 SimWorkers = Annotated[
-    int, typer.Option("--sim-workers", min=0, help="Processes that each run simulates in.")
+    int, typer.Option("--sim-workers", min=0, max=1024, help="Processes each run simulates in.")
 ]
 Hang = Annotated[
     float,
     typer.Option(
         "--hang-seconds",
         min=0.0,
+        max=1e7,
         help="End a run that shows no sign of life for so long; 0: never.",
     ),
 ]
@@ -295,6 +298,8 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     from bench.track import sinks
 
     launch.launcher_options(how.launcher, how.launcher_set)
+    if 0 < how.hang_seconds < 1:
+        raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
     budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
     try:
         trackers = sinks(how.track)
@@ -313,40 +318,42 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
         here = "cuda"
     how = how._replace(device=here if local or how.device == "auto" else how.device)
     environment = machine.environment(here, how.threads) if local else machine.origin()
-    try:
-        if not dry_run:
-            sweep.writable(out)
-        jobs = sweep.plan(specs, out) if dry_run else sweep.prepare(specs, out, environment)
-    except (StoreError, OSError) as error:
-        raise WorkError(str(error)) from None
-
     console = _console()
-    costs = _costs(jobs, here, how.threads)
-    _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, here)
-    if dry_run:
-        return
-    if local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
-        raise WorkError(problem)
 
-    started = time.time()
+    def planned(jobs: list[Job]) -> list[Job]:
+        costs = _costs(jobs, here, how.threads)
+        _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, here)
+        if not dry_run and local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
+            raise WorkError(problem)
+        return jobs
+
+    if dry_run:
+        planned(sweep.plan(specs, out))
+        return
     try:
+        sweep.writable(out)
         launcher = launch.launcher(
             how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
             device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,
         )  # fmt: skip
-    except RuntimeError as error:
+    except (StoreError, RuntimeError) as error:
         raise WorkError(str(error)) from None
-    under_way = sweep.Sweep(
-        jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
-    )
-    with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
+    with contextlib.closing(launcher):  # there before a directory is made: it may not work here
+        try:
+            jobs = planned(sweep.prepare(specs, out, environment))
+        except (StoreError, OSError) as error:
+            raise WorkError(str(error)) from None
+        started = time.time()
+        under_way = sweep.Sweep(
+            jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
+        )
+        with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
 
-        def notice(job: Job | None) -> None:
-            progress.notice(job)
-            aside.notice(job)
+            def notice(job: Job | None) -> None:
+                progress.notice(job)
+                aside.notice(job)
 
-        under_way.run(notice)
-    launcher.close()
+            under_way.run(notice)
     interrupted = under_way.interrupted
     if not interrupted and any(job.outcome != "busy" for job in jobs):
         with _status(console, "evaluating the scripted experts and the random policy"):
@@ -374,6 +381,8 @@ class _Aside:
         self._next = time.monotonic() + self.SECONDS
 
     def __enter__(self) -> _Aside:
+        if self._budget:
+            self._thin()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -413,14 +422,18 @@ class _Aside:
             self._follower = None
 
 
+MAX_WORKERS = 1000
+"""Processes at a time on one machine: more is a slip of the keyboard."""
+
+
 def _workers(text: str, threads: int) -> int:
     import os
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if text == "auto":
         return max(1, (cores or 1) // threads)
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--workers {text!r}: expected auto or a number of at least 1")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
+        raise UsageError(f"--workers {text!r}: expected auto or a number from 1 to {MAX_WORKERS}")
     return int(text)
 
 
@@ -518,7 +531,7 @@ def _paper_hours(jobs: list[Job], device: str) -> str:
 def _conclude(
     console: Any, jobs: list[Job], out: Path, seconds: float, *, interrupted: bool
 ) -> None:
-    """Say how it ended; exit 130 if interrupted, 1 if a run failed."""
+    """Say how it ended; exit 130 if interrupted, 1 if a run failed or another process has it."""
     failed = [job for job in jobs if job.outcome == "failed"]
     done = sum(job.outcome in ("done", "skipped") for job in jobs)
     console.print(f"{done} of {len(jobs)} runs done after {duration(seconds)}; results in {out}")
@@ -538,7 +551,10 @@ def _conclude(
         raise typer.Exit(130)
     if failed:
         raise typer.Exit(1)
-    console.print(f"Next: bench report --out {out}")
+    if open_ := [job for job in jobs if job.outcome not in ("done", "skipped")]:
+        console.print(f"{len(open_)} runs are not done: the same command looks at them again.")
+        raise typer.Exit(1)
+    console.print(f"Next: bench report --out {shlex.quote(str(out))}")
 
 
 # ------------------------------------------------------------------------------------- results
@@ -612,6 +628,8 @@ def _results(sources: list[Path], curves: list[Path], *, named: bool = False) ->
         found = reports.Results(**frames.load(source))
         for run, why in found.unreadable.items():
             print(f"warning: skipping {run}: {why}", file=sys.stderr)
+        for line in found.health[found.health["check"] == "files"].itertuples():
+            print(f"warning: {line.run}: {line.verdict}", file=sys.stderr)
         results += found.named(name) if named else found
     for path in curves:
         try:
@@ -789,7 +807,7 @@ def clean(
     try:
         freed = sum(removal.size for removal in found) if dry_run else remove(found)
     except OSError as error:
-        raise WorkError(str(error)) from None
+        raise WorkError(f"cannot remove {error.filename}: {error.strerror}") from None
     rows = [{"file": str(r.path), "bytes": r.size, "why": r.why} for r in found]
     if json:
         _print_json("clean", rows)

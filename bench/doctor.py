@@ -51,7 +51,7 @@ def machine_checks(out: Path) -> list[Check]:
                "" if renderer else "training needs none; for videos set MUJOCO_GL=egl or osmesa")
     )  # fmt: skip
     place = out
-    while not place.exists():
+    while not place.is_dir():
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
     writable = os.access(place, os.W_OK)
@@ -155,7 +155,10 @@ def _metrics(store: RunStore, spec: RunSpec) -> Check:
         before = int(step)
         final += kind == "final" and metric == "success"
     if store.done and spec.algorithm in algorithms.names():
-        tasks = spec.make_suite().spec.num_tasks
+        try:
+            tasks = spec.make_suite().spec.num_tasks
+        except ValueError:  # of a plug-in that is not here
+            return whole
         if final != tasks:
             value = f"the final evaluation has {final} of {tasks} tasks"
             return _check("metrics.csv", "bad", value, RESTORE)
@@ -164,10 +167,15 @@ def _metrics(store: RunStore, spec: RunSpec) -> Check:
 
 def _whole_lines(store: RunStore, name: str) -> Check:
     path = store.path / name
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        return _check(name, "bad", f"cannot be read: {error}", RESTORE)
     whole = not content or content.endswith(b"\n")
+    advice = RESTORE if store.done else "resuming repairs it"
     return _check(name, "good" if whole else "bad", f"{content.count(10):,} lines",
-                  "" if whole else "its last line is cut; resuming repairs it")  # fmt: skip
+                  "" if whole else f"its last line is cut; {advice}")  # fmt: skip
 
 
 def _probes(store: RunStore) -> Check:

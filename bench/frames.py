@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import shlex
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -100,10 +101,11 @@ def _read_run(store: RunStore, name: str) -> _Run | str:
         probes = read_probes(store)
         trace = store.probe_path / "trace.npz"
         arrays = _arrays(trace) if trace.exists() else None
-    except (StoreError, OSError, ValueError, zipfile.BadZipFile) as error:
+        metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
+        health = [*_damage(store), *health_rows(store, metrics, probes)]
+    except (StoreError, OSError, ValueError) as error:
         return str(error)
     key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
-    metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
     wanted = None
     if metrics is not None:
         kept = metrics[metrics["kind"].isin(REPORTED)]
@@ -112,9 +114,7 @@ def _read_run(store: RunStore, name: str) -> _Run | str:
         row=row,
         metrics=wanted,
         timing=None if timing is None else timing.assign(**key),
-        health=[
-            {"run": name} | line for line in (*_damage(store), *health_rows(store, metrics, probes))
-        ],
+        health=[{"run": name} | line for line in health],
         probes=probes,
         trace=arrays,
         tasks=() if metrics is None else tuple(map(str, metrics["task"].unique())),
@@ -209,12 +209,15 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file, without objects.
 
     A run's snapshots repeat their arrays' headers, which numpy would parse thousands of times.
-    Raises ValueError if an array cannot be read, BadZipFile if the file is damaged.
+    Raises StoreError if the file cannot be read.
     """
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
-        return {
-            name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()
-        }
+    try:
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+            return {
+                name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()
+            }
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -283,7 +286,7 @@ def _description(store: RunStore) -> dict[str, Any]:
     try:
         return store.description()
     except StoreError:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             content = json.loads((store.path / "spec.json").read_text("utf-8"))
             spec = content.get("spec", content) if isinstance(content, dict) else None
             if isinstance(spec, dict) and {"suite", "algorithm", "seed"} <= set(spec):
@@ -333,10 +336,13 @@ def _last_total(store: RunStore) -> float | None:
 
 
 def _read(path: Path) -> pd.DataFrame | None:
+    """A CSV of the run; None if it has no rows yet. Raises StoreError if it is damaged."""
     try:
-        frame = pd.read_csv(path)
-    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
+        frame = pd.read_csv(path, index_col=False)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
     return frame if len(frame) else None
 
 

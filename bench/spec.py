@@ -230,11 +230,14 @@ class RunSpec(BaseModel):
         return self.agent.Config(**self.config)
 
     def make_suite(self) -> Suite:
-        """The suite under this run's protocol."""
+        """The suite under this run's protocol. Raises SpecError if it is not here."""
         p = self.protocol
-        return suites.load(
-            self.suite, goals=p.goals, reward_version=p.reward_version, horizon=p.horizon
-        )
+        try:
+            return suites.load(
+                self.suite, goals=p.goals, reward_version=p.reward_version, horizon=p.horizon
+            )
+        except ValueError as error:
+            raise SpecError(str(error)) from None
 
     @classmethod
     def resolve(
@@ -265,6 +268,9 @@ class RunSpec(BaseModel):
                     variant_values(agent, name, variant)
             with problems:
                 shape = _shape(suite)
+            if problems.lines:  # the values cannot be judged together, but each by itself
+                with problems:
+                    _check_fields(Protocol, overrides or {}, "protocol")
         large = chosen.protocol_large if shape.large else {}
 
         def values(
@@ -374,11 +380,11 @@ def parse_overrides(items: Iterable[str], option: str = "--set") -> dict[str, An
 def parse_seeds(text: str) -> list[int]:
     """``5`` means 0..4; ``0-9`` and ``3,7`` name seeds. Raises SpecError on none or duplicates."""
     parts = text.split(",")
-    if re.fullmatch(r"\s*\d{1,18}\s*", text):
+    if re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
         parts = [f"0-{int(text) - 1}"] if int(text) else []
     seeds: list[int] = []
     for part in parts:
-        found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
+        found = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)
         if not found:
             raise SpecError(
                 f"seeds {text!r}: {part!r} is neither a seed nor a range; "
@@ -437,7 +443,8 @@ def _for_algorithm(overrides: Mapping[str, Any], name: str, agent: type[Agent]) 
     fields = [*Protocol.model_fields, *agent.Config.model_fields]
     mine: dict[str, Any] = {}
     problems: list[str] = []
-    for key, value in overrides.items():
+    # What is said of this algorithm alone wins over what is said of all, in whatever order.
+    for key, value in sorted(overrides.items(), key=lambda item: "." in item[0]):
         owner, dot, field = key.rpartition(".")
         if dot and owner != name:
             if owner not in algorithms.names():
@@ -449,6 +456,16 @@ def _for_algorithm(overrides: Mapping[str, Any], name: str, agent: type[Agent]) 
     if problems:
         raise SpecError("\n".join(problems))
     return mine
+
+
+def _check_fields(model: type[BaseModel], values: Mapping[str, Any], owner: str) -> None:
+    """Raises SpecError for values that their fields do not take, whatever the others are."""
+    mine = {key: value for key, value in values.items() if key in model.model_fields}
+    try:
+        model(**mine)
+    except ValidationError as error:
+        if wrong := [explain(owner, problem) for problem in error.errors() if problem["loc"]]:
+            raise SpecError("\n".join(wrong)) from None
 
 
 def _build(

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -39,6 +39,12 @@ from bench.lease import (
 from bench.spec import SCHEMA, RunSpec, SpecError
 
 State = Literal["pending", "running", "interrupted", "failed", "done"]
+
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "steps": int, "time": (int, float), "success": (int, float), "error": str,
+    "steps_per_second": (int, float), "peak_memory_bytes": int, "parameters": dict,
+}  # fmt: skip
+"""What a status may tell, as JSON has it."""
 
 METRICS_HEADER = b"step,kind,task,metric,value,count\n"
 TIMING_HEADER = b"step,section,seconds\n"
@@ -97,6 +103,11 @@ class RunStore:
                     "written by a version with other defaults, and is left alone"
                 )
             return store
+        if (store.path / "metrics.csv").exists():
+            raise StoreError(
+                f"{store.path} has results but no spec.json, which tells where they are from; "
+                "restore it from a copy, or delete the folder to train the run anew"
+            )
         store.path.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
@@ -122,7 +133,7 @@ class RunStore:
             content: dict[str, Any] = json.loads((self.path / "spec.json").read_text("utf-8"))
         except FileNotFoundError:
             raise StoreError(f"{self.path} is no run directory: it has no spec.json") from None
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{self.path / 'spec.json'} is damaged: {error}") from None
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
@@ -141,12 +152,21 @@ class RunStore:
     # ------------------------------------------------------------------------ how it stands
 
     def status(self) -> dict[str, Any]:
-        """The last status written; ``{"state": "pending"}`` before the first."""
+        """The last status written, as far as it can be read; ``{"state": "pending"}`` before the
+        first. A run that was sealed is done, whatever became of its status since."""
         try:
-            status: dict[str, Any] = json.loads((self.path / "status.json").read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
+            status = json.loads((self.path / "status.json").read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            status = None
+        if isinstance(status, dict) and status.get("state") in get_args(State):
+            return {k: v for k, v in status.items() if isinstance(v, _FACTS.get(k, object))}
+        if not (self.path / SUMS).exists():
             return {"state": "pending"}
-        return status if isinstance(status, dict) else {"state": "pending"}
+        try:
+            steps = int(self.description()["spec"]["protocol"]["steps_per_task"])
+        except (StoreError, KeyError, TypeError, ValueError):
+            return {"state": "done"}
+        return {"state": "done", "step": steps, "steps": steps}
 
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json, and renew the lease of a process that holds the run."""
@@ -192,7 +212,7 @@ class RunStore:
     def _results(self) -> list[Path]:
         """The files that a report reads."""
         found = [self.path / name for name in ("spec.json", "metrics.csv", "timing.csv")]
-        return [path for path in found if path.exists()] + sorted(self.probe_path.glob("*.npz"))
+        return [path for path in found if path.is_file()] + sorted(self.probe_path.glob("*.npz"))
 
     def drop_replay(self) -> None:
         """Give back the replay's disk space; a finished run is never resumed."""
@@ -343,13 +363,16 @@ class RunStore:
     def save_checkpoint(self, step: int, content: dict[str, Any]) -> int:
         """Commit a checkpoint and drop all but the newest two; returns its size in bytes.
 
-        The metrics written so far and the replay file are part of it, by their lengths. The file's
-        name carries its checksum.
+        What was measured so far is part of it by its checksums, the replay by its length. The
+        file's name carries the checkpoint's own checksum.
         """
         lengths = {name: self._sync(name) for name in ("metrics.csv", "timing.csv")}
+        sums = {name: _crc32(self.path / name, length) for name, length in lengths.items()}
+        for probe in self.probe_path.glob("*.npz"):
+            sums[f"probe/{probe.name}"] = _crc32(probe)
         lengths["state/replay.bin"] = _length(self.replay_path)
         buffer = io.BytesIO()
-        torch.save({"step": step, "lengths": lengths, "content": content}, buffer)
+        torch.save({"step": step, "lengths": lengths, "sums": sums, "content": content}, buffer)
         data = buffer.getbuffer()
         name = f"checkpoint-{step:010d}-{zlib.crc32(data):08x}.pt"
         self._still_mine()
@@ -383,6 +406,13 @@ class RunStore:
             if short := [n for n, old in loaded["lengths"].items() if _length(self.path / n) < old]:
                 _warn_skipped(path, f"{' and '.join(short)} lost what it had written by then")
                 continue
+            if changed := [
+                name
+                for name, sum_ in loaded["sums"].items()
+                if _crc32(self.path / name, loaded["lengths"].get(name)) != sum_
+            ]:
+                _warn_skipped(path, f"{' and '.join(changed)} changed since")
+                continue
             for unusable in found[:number]:
                 unusable.replace(unusable.with_name(f"{unusable.name}.damaged"))
             self._cut_back(loaded["step"], loaded["lengths"])
@@ -391,6 +421,11 @@ class RunStore:
             raise StoreError(
                 f"none of the {len(found)} checkpoints in {self.state_path} can be used (see the "
                 "warnings); restore the files, or delete that folder to train the run anew"
+            )
+        if (self.path / SUMS).exists():
+            raise StoreError(
+                f"{self.path} was trained to its end, but neither its status nor a checkpoint says "
+                "so; it is left alone: delete the folder to train the run anew"
             )
         self._cut_back(-1, {"metrics.csv": 0, "timing.csv": 0})
         self.replay_path.unlink(missing_ok=True)
@@ -426,6 +461,9 @@ class RunStore:
         return sorted((p for p in found if named.fullmatch(p.name)), reverse=True)
 
 
+_CHECKPOINT = {"step": int, "lengths": dict, "sums": dict, "content": dict}
+
+
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint file's content; None, after a warning, if it is damaged."""
     try:
@@ -437,7 +475,10 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        loaded = {key: loaded[key] for key in ("step", "lengths", "content")}
+        # Those of version 0.1 had no checksums of what was measured.
+        loaded = {"sums": {}} | {key: loaded[key] for key in loaded if key in _CHECKPOINT}
+        if not all(isinstance(loaded[key], kind) for key, kind in _CHECKPOINT.items()):
+            raise TypeError("it holds something else")
     except Exception as error:  # noqa: BLE001  (torch raises many kinds on a file that is none)
         # Only what went wrong: torch goes on with advice on loading files without its safeguards.
         reason = str(error).partition("\n")[0].partition(". ")[0]
@@ -455,6 +496,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _crc32(path: Path, length: int | None = None) -> int | None:
+    """Of the file's first ``length`` bytes; None if it cannot be read."""
+    try:
+        return zlib.crc32(memoryview(path.read_bytes())[:length])
+    except OSError:
+        return None
+
+
 def _length(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -463,8 +512,20 @@ def find(out: Path, pattern: str = "") -> list[RunStore]:
     """Run directories below ``out`` whose path contains ``pattern``, in order."""
     if not out.is_dir():
         return []
-    paths = sorted(path.parent for path in out.rglob("spec.json"))
+    paths = sorted(_run_paths(out))
     return [RunStore(path) for path in paths if pattern in str(path.relative_to(out))]
+
+
+def _run_paths(out: Path) -> Iterator[Path]:
+    """Folders of runs, be they damaged, also behind links: a part of a sweep on another disk."""
+    seen = set()
+    for folder, folders, files in os.walk(out, followlinks=True):
+        real, run = os.path.realpath(folder), {"spec.json", "status.json"} & {*files, *folders}
+        if run and real not in seen:
+            yield Path(folder)
+        if run or real in seen:
+            folders.clear()
+        seen.add(real)
 
 
 def open_run(out: Path, run: str) -> RunStore:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import algorithms
 from bench.launch import Exit, Handle, Launcher, Order
-from bench.spec import RunSpec, SpecError, parse_seeds, preset_names
+from bench.spec import MAX_SEEDS, Protocol, RunSpec, SpecError, parse_seeds, preset_names
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
 from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
@@ -54,7 +54,11 @@ class Request:
             owner, dot, _ = key.rpartition(".")
             if dot and owner not in owners:
                 known = ", ".join(self.algorithms)
-                problem = f"--set {key}: no algorithm {owner!r} in this sweep ({known})"
+                problem = f"{'set' if self.place else '--set'} {key}: "
+                if owner in Protocol.model_fields:
+                    problem += f"{owner} is a value and no table"
+                else:
+                    problem += f"no algorithm {owner!r} in this sweep ({known})"
                 mistakes.append(Mistake(self.place, problem))
         overrides = {
             key: value
@@ -143,15 +147,17 @@ def read_grid(
     Raises SpecError if the file cannot be read at all.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SpecError(f"cannot read the grid {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
         raise SpecError(f"{path} is not TOML: {error}") from None
     given = {"algos": algos, "suite": suite, "seeds": seeds, "preset": preset}
     given = {key: value for key, value in given.items() if value is not None}
     entries = data.pop("runs", None)
     requests, mistakes = [], _strange_keys(data, str(path))
+    if not isinstance(words := data.get("description", ""), str):
+        mistakes.append(Mistake(str(path), f"description={words!r}: expected text"))
     if not (entries is None or (isinstance(entries, list) and entries)):
         problem = f"runs={entries!r}: expected tables, each under [[runs]]"
         return [], [*mistakes, Mistake(str(path), problem)]
@@ -220,7 +226,15 @@ def _read_request(
 
 def _seeds(value: Any) -> list[int]:
     if isinstance(value, list):
-        return parse_seeds(",".join(f"{seed}-{seed}" for seed in value))
+        wrong = [seed for seed in value if type(seed) is not int or seed < 0]
+        if wrong or not value:
+            raise SpecError(f"seeds={value!r}: {', '.join(map(repr, wrong)) or 'nothing'} "
+                            "is no seed; write numbers from 0 on, such as [3, 7]")  # fmt: skip
+        if len(value) > MAX_SEEDS:
+            raise SpecError(f"seeds: {len(value)} are named, at most {MAX_SEEDS} are allowed")
+        if len(set(value)) < len(value):
+            raise SpecError(f"seeds={value!r}: {max(value, key=value.count)} is named twice")
+        return value
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise SpecError(f'seeds={value!r}: write 5 (seeds 0 to 4), "0-9", or [3, 7]')
     return parse_seeds(str(value))
@@ -316,11 +330,13 @@ class Sweep:
     def run(self, notice: Callable[[Job | None], None]) -> None:
         """Train all jobs; ``notice(job)`` on each change of a job, ``notice(None)`` in between.
 
-        SIGINT and SIGTERM stop it: runs save at the end of their episodes, a second signal ends
-        them at once. Jobs not started stay pending. A job that another process was training at
-        first is looked at again in the end, when that process may be gone.
+        SIGINT, SIGTERM and SIGHUP stop it: runs save at the end of their episodes, a second signal
+        ends them at once. Jobs not started stay pending. A job that another process was training
+        is looked at again in the end, when that process may be done with it, or gone.
         """
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         passed_on = 0
         try:
@@ -354,6 +370,10 @@ class Sweep:
         room = self.launcher.slots - len(self._running)
         waiting = [place for place, job in enumerate(self.jobs) if job.outcome == "pending"]
         if not waiting and not self._running:
+            for job in self.jobs:
+                if job.outcome == "busy" and job.store.done:
+                    job.outcome = "skipped"
+                    notice(job)
             waiting = [place for place, job in enumerate(self.jobs) if self._has_come_free(job)]
         chosen = waiting if math.isinf(room) else waiting[: int(room)]
         places, orders = [], []
@@ -381,7 +401,9 @@ class Sweep:
             notice(self.jobs[place])
 
     def _has_come_free(self, job: Job) -> bool:
-        return job.outcome == "busy" and not job.attempts and not job.store.busy
+        # That another machine is gone shows a first attempt; a second would show no more.
+        held = job.store.busy or (job.attempts and job.store.elsewhere)
+        return job.outcome == "busy" and not held
 
     def _fail(self, job: Job, error: str, notice: Callable[[Job | None], None]) -> None:
         job.outcome, job.error = "failed", error
@@ -393,7 +415,7 @@ class Sweep:
         if end.code == 0:
             job.outcome = "done"
         elif end.code == EXIT_INTERRUPTED or (
-            self._signals and end.code in (-signal.SIGINT, -signal.SIGTERM)
+            self._signals and end.code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
         ):
             job.outcome = "interrupted"
         elif end.code == EXIT_BUSY:
@@ -446,12 +468,14 @@ def _warnings(log: str) -> list[str]:
 def notify(command: str, jobs: Sequence[Job], out: Path, *, interrupted: bool) -> str:
     """Run the user's command at the end of a sweep; why it could not be done, or ``""``.
 
-    It finds in its environment BENCH_STATE (done, failed or interrupted), BENCH_DONE, BENCH_FAILED
+    It finds in its environment BENCH_STATE (done, failed, interrupted, or incomplete where another
+    process trains the rest), BENCH_DONE, BENCH_FAILED
     and BENCH_RUNS (counts), BENCH_OUT and BENCH_MESSAGE.
     """
     done = sum(job.outcome in ("done", "skipped") for job in jobs)
     failed = sum(job.outcome == "failed" for job in jobs)
-    state = "interrupted" if interrupted else "failed" if failed else "done"
+    rest = "done" if done == len(jobs) else "incomplete"
+    state = "interrupted" if interrupted else "failed" if failed else rest
     message = f"sweep {state}: {done} of {len(jobs)} runs done, {failed} failed in {out}"
     facts = {
         "BENCH_STATE": state, "BENCH_DONE": str(done), "BENCH_FAILED": str(failed),
@@ -476,11 +500,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str, option: str) -> int:
-    """``20GB``, ``500M``, ``1.5 TB`` in bytes. Raises SpecError."""
+    """``20GB``, ``500M``, ``1.5 TB`` in bytes, at least one. Raises SpecError."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not found:
+    count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not count:
         raise SpecError(f"{option} {text!r}: expected a size such as 20GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return count
 
 
 def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:

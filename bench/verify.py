@@ -77,10 +77,10 @@ def verify(store: RunStore, steps: int, device: str) -> Verdict:
 def _rows_until(store: RunStore, steps: int) -> list[str]:
     """The lines of metrics.csv up to a step, header included. Raises StoreError if damaged."""
     path = store.path / "metrics.csv"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
     try:
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
         return lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= steps]
-    except ValueError:
+    except (OSError, ValueError):
         raise StoreError(f"{path} is damaged; bench doctor {store.path} says where") from None
 
 

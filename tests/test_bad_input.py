@@ -260,3 +260,44 @@ def test_all_mistakes_of_a_command_are_told_at_once() -> None:
     ]:  # fmt: skip
         (line,) = [line for line in done.stderr.splitlines() if wrong in line.partition(";")[0]]
         assert meant in line
+
+
+def test_a_grid_is_read_as_people_save_it_and_told_all_that_is_wrong(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.toml"
+    good = 'algos = "mega"\nsuite = "toy"\npreset = "smoke"\nseeds = [0]\n'
+    grid.write_bytes(b"\xef\xbb\xbf" + good.replace("\n", "\r\n").encode())
+    assert bench("run", "--grid", str(grid), "--dry-run", "--out", str(tmp_path)).returncode == 0
+    for text, words in {
+        good.replace("[0]", "1" * 5000): ["not TOML"],
+        good.replace("[0]", '[true, "a", 1.5, -3]'): ["True, 'a', 1.5, -3 is no seed"],
+        good.replace("[0]", "[3, 3]"): ["seeds=[3, 3]: 3 is named twice"],
+        good.replace("mega", "megaa") + '[set]\nhorizon = "x"\nsteps_per_task = -1\n': [
+            "unknown algorithm 'megaa'", "horizon='x'", "steps_per_task=-1",
+        ],
+        good + "[set]\nhorizon = {x = 1}\n": ["set horizon.x: horizon is a value and no table"],
+        good + "description = 5\n": ["description=5: expected text"],
+    }.items():  # fmt: skip
+        grid.write_text(text)
+        done = bench("run", "--grid", str(grid), "--dry-run", "--out", str(tmp_path))
+        assert done.returncode == 2
+        assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--threads", "100000"), ("--workers", "99999999999"), ("--workers", "\u0661"),
+        ("--hang-seconds", "inf"), ("--hang-seconds", "1e-9"), ("--disk-budget", "0"),
+        ("--seeds", "\u0661"),
+    ],
+)  # fmt: skip
+def test_what_no_machine_can_do_is_refused_before_anything_is_made(
+    option: str, value: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    seeds = [] if option == "--seeds" else ["--seeds", "1"]
+    done = bench("run", "--algos", "mega", "--suite", "toy", "--preset", "smoke", *seeds,
+                 "--out", str(out), option, value)  # fmt: skip
+    assert done.returncode == 2
+    assert option in done.stderr or "seeds" in done.stderr
+    assert not out.exists()

@@ -22,7 +22,7 @@ import algorithms
 from bench import frames
 from bench.doctor import run_checks
 from bench.spec import RunSpec
-from bench.store import RunStore
+from bench.store import RunStore, StoreError
 
 Finished = Callable[[str], RunStore]
 
@@ -107,6 +107,67 @@ def test_a_report_says_that_results_were_changed(copy: RunStore) -> None:
     assert "metrics.csv was changed since the run was done" in health.loc["files", "verdict"]
 
 
+DAMAGE = {
+    "status of other types": ("status.json", b'{"state": 5, "step": "x", "time": "y"}'),
+    "deep status": ("status.json", b"[" * 100_000),
+    "deep specification": ("spec.json", b"[" * 100_000),
+    "specification gone": ("spec.json", None),
+    "suite that is not here": ("spec.json", b"../../x"),
+    "bytes that are no text": ("metrics.csv", b"step,kind\n\xff\xfe\xfa\n"),
+    "probe cut": ("probe/trace.npz", b"PK"),
+    "metrics a folder": ("metrics.csv", "folder"),
+    "status a folder": ("status.json", "folder"),
+    "specification a folder": ("spec.json", "folder"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_costs_itself_alone(name: str, copy: RunStore, tmp_path: Path) -> None:
+    """Every command goes on with the other runs, or says in a line what is wrong with this one."""
+    file, content = DAMAGE[name]
+    out, path = copy.path.parents[2], copy.path / file
+    shutil.copytree(copy.path, copy.path.with_name("1-beside"))
+    old = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    if content == "folder":
+        path.mkdir()
+    elif name == "suite that is not here":
+        path.write_bytes(old.replace(b'"suite": "toy"', b'"suite": "../../x"'))
+    elif content is not None:
+        path.write_bytes(content)  # type: ignore[arg-type]
+    listed = bench("status", "--out", str(out))
+    assert listed.returncode == 0
+    assert "1-beside" in listed.stdout
+    assert str(copy.path.relative_to(out)) in listed.stdout
+    reported = bench("report", "--out", str(out), "--to", str(tmp_path / "report"))
+    assert reported.returncode == 0
+    # A sealed run needs no status.
+    assert (str(copy.path.relative_to(out)) in reported.stderr) == (file != "status.json")
+    for command in ("doctor", "verify", "eval"):
+        done = bench(command, str(copy.path), *(["--steps", "25"] if command == "verify" else []))
+        assert done.returncode in (0, 1, 2)
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_sealed_run_that_lost_its_status_is_done(copy: RunStore) -> None:
+    (copy.path / "status.json").unlink()
+    shutil.rmtree(copy.state_path)
+    assert copy.status() == {"state": "done", "step": 250, "steps": 250}
+    (copy.path / "status.json").write_text('{"state": "running"}')
+    before = (copy.path / "metrics.csv").read_bytes()
+    with pytest.raises(StoreError, match="was trained to its end"):
+        copy.resume()
+    assert (copy.path / "metrics.csv").read_bytes() == before
+
+
+def test_results_are_not_taken_for_another_specification(copy: RunStore) -> None:
+    spec = copy.spec()
+    (copy.path / "spec.json").unlink()
+    with pytest.raises(StoreError, match="has results but no spec"):
+        RunStore.create(copy.path.parents[2], spec, {})
+
+
 class Payload:
     """Makes a folder when unpickled."""
 
@@ -125,7 +186,8 @@ def test_a_crafted_probe_is_refused_and_runs_nothing(copy: RunStore, tmp_path: P
     np.savez(crafted, allow_pickle=True, x=np.array([Payload(trap)], dtype=object))
     assert "Object arrays cannot be loaded" in bad(copy)["probe"]
     loaded = frames.load(copy.path.parents[2])
-    assert list(loaded["unreadable"].values()) == ["an array of objects"]
+    (why,) = loaded["unreadable"].values()
+    assert why == f"{crafted} cannot be read: an array of objects"
     assert not trap.exists()
 
 

@@ -161,6 +161,41 @@ def test_a_simulator_that_hangs_is_ended_and_the_run_goes_on(job: Job) -> None:
     assert "lockstep.py" in log, "the log says where it hung"
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from bench.store import RunStore
+with RunStore(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_lets_go_is_taken_up(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    """Two sweeps at once: what the other one leaves undone is not left for nobody."""
+    held, mine = (toy_spec(seed=seed) for seed in (0, 1))
+    jobs = [Job(spec, open_store(tmp_path, spec)) for spec in (held, mine)]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(jobs[0].store.path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    seen = []
+
+    def notice(job: Job | None) -> None:
+        if job is jobs[0]:
+            seen.append(job.outcome)
+            if job.outcome == "busy":
+                holder.communicate("")
+
+    Sweep(jobs, Local(1)).run(notice)
+    assert seen == ["running", "busy", "running", "done"]
+    assert jobs[1].outcome == "done"
+
+
 def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 

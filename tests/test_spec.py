@@ -113,6 +113,9 @@ def test_values_for_one_algorithm_leave_the_others_alone() -> None:
     assert resolve("d2r", **overrides).config["gamma"] == 0.9
     assert resolve("mt_sac", **overrides).config["gamma"] == 0.99
     assert resolve("mt_sac", **overrides).config["tau"] == 0.1
+    for both in ({"d2r.gamma": 0.9, "gamma": 0.8}, {"gamma": 0.8, "d2r.gamma": 0.9}):
+        assert resolve("d2r", **both).config["gamma"] == 0.9
+        assert resolve("mt_sac", **both).config["gamma"] == 0.8
 
 
 def test_presets_apply_to_all_algorithms_alike() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -437,6 +438,36 @@ def test_the_lock_ends_with_its_process(
         pass
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "timing.csv", "probe/0000000005.npz"])
+def test_what_was_measured_before_a_checkpoint_must_be_as_it_was(
+    store: RunStore, name: str
+) -> None:
+    """Else what somebody edited in between would be sealed with the rest in the end."""
+    store.append_metrics([Row(5, "train", "a", "success", 0, 1)])
+    store.append_timing(5, {"total": 1.0})
+    store.write_probe("0000000005", {"x": np.zeros(3)})
+    store.save_checkpoint(5, {})
+    content = bytearray((store.path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (store.path / name).write_bytes(content)
+    with (
+        pytest.warns(RuntimeWarning, match=f"{name} changed since"),
+        pytest.raises(StoreError, match="can be used"),
+    ):
+        store.resume()
+
+
+@pytest.mark.parametrize("content", [{"step": "no", "lengths": [1], "content": 5}, 7])
+def test_a_whole_file_that_is_no_checkpoint_is_skipped(store: RunStore, content: Any) -> None:
+    store.save_checkpoint(5, {"a": 1})
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    name = f"checkpoint-{9:010d}-{zlib.crc32(buffer.getbuffer()):08x}.pt"
+    (store.state_path / name).write_bytes(buffer.getvalue())
+    with pytest.warns(RuntimeWarning, match="skipping the damaged checkpoint"):
+        assert store.load_checkpoint() == (5, {"a": 1})
+
+
 # ----------------------------------------------------------------------------------- finding
 
 
@@ -450,5 +481,10 @@ def test_finding_runs_by_part_of_their_path(
     assert open_run(tmp_path, str(stores[0].path)).path == stores[0].path
     with pytest.raises(SpecError, match="names 2 runs"):
         open_run(tmp_path, "mt_sac")
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-disk")
+    (tmp_path / "toy").rename(elsewhere)
+    (tmp_path / "toy").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(tmp_path)
+    assert [s.path for s in find(tmp_path)] == [s.path for s in stores]
     with pytest.raises(SpecError, match="no run named 'nothing'"):
         open_run(tmp_path, "nothing")
