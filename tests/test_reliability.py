@@ -152,7 +152,7 @@ def test_a_simulator_that_hangs_is_ended_and_the_run_goes_on(job: Job) -> None:
             os.kill(child, signal.SIGSTOP)
 
     carry_out(
-        job, freeze, options=("--sim-workers", "1", "--hang-seconds", "6"), retries=1
+        job, freeze, options=("--sim-workers", "1", "--hang-seconds", "12"), retries=1
     )  # fmt: skip
     assert job.attempts == 2
     assert job.outcome == "done", job.error
