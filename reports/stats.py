@@ -190,6 +190,15 @@ def probability_of_improvement(
     return Estimate(value, *_percentiles(samples))
 
 
+def _varies(x: Floats, y: Floats) -> bool:
+    """Whether seeds differ on either side by more than rounding does.
+
+    Identical seeds on both sides carry no information about the spread of further ones.
+    """
+    rounding = 1e-12 * max(np.abs(x).max(), np.abs(y).max())
+    return bool(max(np.ptp(x), np.ptp(y)) > rounding)
+
+
 def welch(a: ArrayLike, b: ArrayLike) -> Difference:
     """Welch's t interval and p value of ``mean(a) - mean(b)`` for seed means ``(n,)``, ``(m,)``."""
     x, y = _floats(a), _floats(b)
@@ -198,10 +207,9 @@ def welch(a: ArrayLike, b: ArrayLike) -> Difference:
         return Difference(
             estimate=Estimate(delta), p=float("nan"), method=f"fewer than {MIN_SEEDS} seeds"
         )
-    vx, vy = float(x.var(ddof=1)) / x.size, float(y.var(ddof=1)) / y.size
-    if vx + vy == 0:
-        # Identical seeds on both sides carry no information about the spread of further ones.
+    if not _varies(x, y):
         return Difference(estimate=Estimate(delta), p=float("nan"), method="seeds do not vary")
+    vx, vy = float(x.var(ddof=1)) / x.size, float(y.var(ddof=1)) / y.size
     error = np.sqrt(vx + vy)
     df = (vx + vy) ** 2 / (vx**2 / (x.size - 1) + vy**2 / (y.size - 1))
     half = float(distributions.t.ppf((1 + CONFIDENCE) / 2, df) * error)
@@ -214,7 +222,7 @@ def difference(
 ) -> Difference:
     """Difference of seed means: Welch's t below ten seeds, percentile bootstrap from ten on."""
     x, y = _floats(a), _floats(b)
-    if min(x.size, y.size) < WELCH_BELOW:
+    if min(x.size, y.size) < WELCH_BELOW or not _varies(x, y):
         return welch(x, y)
     samples = _resample(x[:, None], rng, replicates).mean(axis=(1, 2)) - _resample(
         y[:, None], rng, replicates

@@ -99,9 +99,22 @@ def test_difference_is_not_judged_without_support() -> None:
     assert few.estimate.value == pytest.approx(-0.25)
     assert not few.estimate.has_interval
     assert np.isnan(few.p)
-    flat = stats.difference([0.5] * 4, [0.2] * 4, rng)
-    assert not flat.estimate.has_interval
-    assert flat.method == "seeds do not vary"
+
+
+@pytest.mark.parametrize("seeds", [3, 12])
+@pytest.mark.parametrize(("ours", "theirs"), [(0.5, 0.2), (0.7, 0.5), (0.1 + 0.2, 0.3)])
+def test_seeds_that_differ_by_rounding_alone_are_not_judged(
+    ours: float, theirs: float, seeds: int
+) -> None:
+    """The mean of three .7 is no .7 in floating point: their deviation is 1e-16, not 0."""
+    rng = np.random.default_rng(0)
+    same = [ours] * (seeds - 1) + [float(np.nextafter(ours, 1))]
+    for a in ([ours] * seeds, same):
+        flat = stats.difference(a, [theirs] * seeds, rng)
+        assert not flat.estimate.has_interval
+        assert np.isnan(flat.p)
+        assert flat.method == "seeds do not vary"
+    assert stats.difference([*same[1:], ours + 1e-3], [theirs] * seeds, rng).p >= 0
 
 
 def test_difference_uses_the_bootstrap_from_ten_seeds_on() -> None:
