@@ -23,10 +23,10 @@ from reports.frames import (
     Results,
     Section,
     published,
-    read_curves,
     sections,
 )
 from reports.html import build
+from reports.imported import read_curves
 from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, Table, comparisons, summary
 
 __all__ = [

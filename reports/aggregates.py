@@ -9,14 +9,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 from reports import stats
 from reports.drawing import (
     Drawing,
+    bold_line,
     figure,
     legend,
-    legend_line,
+    legend_lines,
     new_figure,
     section_looks,
-    short,
     task_name,
     title,
+    with_seeds,
     wrapped,
 )
 from reports.frames import MissingError, Section, generator
@@ -66,7 +67,7 @@ def aggregates(section: Section) -> Drawing:
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlim(-0.02, max(0.1, 1.06 * axes.dataLim.xmax))
-    counts = [f"{wrapped(label, 30)} (n = {len(section.scores(label))})" for label in labels]
+    counts = [f"{wrapped(label, 30)} (n = {section.seeds(label)})" for label in labels]
     cells[0].set_yticks(range(len(labels)), counts)
     cells[0].set_ylim(len(labels) - 0.45, -0.55)
     title(made, "Aggregate success", section)
@@ -105,14 +106,7 @@ def performance_profile(section: Section) -> Drawing:
         axes.fill_between(
             THRESHOLDS, low, high, step="post", color=look.colour, alpha=0.14, linewidth=0
         )
-        axes.plot(
-            THRESHOLDS,
-            value,
-            color=look.colour,
-            linestyle=look.dash,
-            linewidth=1.8,
-            drawstyle="steps-post",
-        )
+        bold_line(axes, THRESHOLDS, value, look, 1.8, staircase=True)
         frame = pd.DataFrame({"threshold": THRESHOLDS, "share": value, "low": low, "high": high})
         frames.append(frame.assign(label=label))
     axes.set_xlim(0, 1)
@@ -121,7 +115,7 @@ def performance_profile(section: Section) -> Drawing:
     axes.set_ylabel("share of runs × tasks above τ")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     title(made, "Performance profile", section)
-    legend(made, [legend_line(styles[label], label) for label in labels])
+    legend(made, legend_lines(section, labels))
     return Drawing(
         title="Performance profile",
         figure=made,
@@ -216,7 +210,7 @@ def capacity_figure(section: Section) -> Drawing:
             edgecolors="#222222",
             linewidths=0.7,
             zorder=3,
-            label=short(label, 60),
+            label=with_seeds(section, label),
         )
         rows += [
             {"label": label, "parameters": sizes[label], "seed": seed, "success": success}

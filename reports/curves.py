@@ -12,14 +12,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from reports import stats
 from reports.drawing import (
     ABLATION_FIGURES,
-    FEW_POINTS,
     STEPS,
     UNFINISHED,
     Drawing,
     Look,
+    bold_line,
     figure,
     legend,
-    legend_line,
+    legend_lines,
     new_figure,
     panels,
     section_looks,
@@ -29,11 +29,6 @@ from reports.drawing import (
     title,
 )
 from reports.frames import Ablation, MissingError, Section, generator
-
-
-def _marker(look: Look, points: int) -> str | None:
-    """Few points are shown; variants, alike in colour, are told apart by some."""
-    return look.marker if points < FEW_POINTS or look.dash != "-" else None
 
 
 def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
@@ -58,31 +53,22 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
     mean, low, high = stats.mean_interval(finished.to_numpy())
     if band and np.isfinite(low).any():
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
-    axes.plot(
-        steps,
-        mean,
-        color=look.colour,
-        linestyle=look.dash,
-        linewidth=bold,
-        marker=_marker(look, len(steps)),
-        markevery=max(1, len(steps) // FEW_POINTS),
-        markersize=2.2 * bold,
-        clip_on=False,  # the last point stands on the edge
-        alpha=0.9,  # curves that coincide show each other
-    )
+    bold_line(axes, steps, mean, look, bold)
 
 
-def _curve_rows(section: Section, metric: str) -> pd.DataFrame:
-    rows = section.curves(metric)
+def _curve_rows(section: Section, metric: str, per_task: bool = False) -> pd.DataFrame:
+    rows = section.task_curves(metric) if per_task else section.curves(metric)
     if rows.empty:
         raise MissingError(f"no run has been evaluated for {metric} during training yet")
     return rows
 
 
+def _drawn(section: Section, rows: pd.DataFrame) -> list[str]:
+    return [label for label in section.labels if label in set(rows["label"])]
+
+
 def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
-    styles = section_looks(section)
-    drawn = [label for label in section.labels if label in set(rows["label"])]
-    handles = [legend_line(styles[label], label, marked=True) for label in drawn]
+    handles = legend_lines(section, _drawn(section, rows), rows["run"])
     return handles + ([] if rows["finished"].all() else [UNFINISHED])
 
 
@@ -131,7 +117,7 @@ def _mean_curves(section: Section, labels: list[str], words: str, estimator: str
     return Drawing(
         title=words,
         figure=made,
-        caption=section.caption(estimator),
+        caption=section.caption(estimator, _drawn(section, rows), rows["run"]),
         data=means.reset_index(name="success"),
     )
 
@@ -161,7 +147,7 @@ MAX_POINTS = 60
 @figure("sample_efficiency")
 def sample_efficiency(section: Section) -> Drawing:
     """Interquartile mean over runs x tasks against environment steps (Agarwal et al. 2021)."""
-    rows = _curve_rows(section, "success")
+    rows = _curve_rows(section, "success", per_task=True)
     rows = rows[rows["finished"]]
     styles = section_looks(section)
     made = new_figure(3.2)
@@ -188,29 +174,19 @@ def sample_efficiency(section: Section) -> Drawing:
     data = pd.DataFrame(points)
     if data.empty:
         raise MissingError(f"no finished run was evaluated on every task ({section.missing})")
-    drawn = [label for label in section.labels if label in set(data["label"])]
+    drawn = _drawn(section, data)
     for label in drawn:
         curve, look = data[data["label"] == label], styles[label]
         axes.fill_between(
             curve["step"], curve["low"], curve["high"], color=look.colour, alpha=0.16, linewidth=0
         )
-        axes.plot(
-            curve["step"],
-            curve["iqm"],
-            color=look.colour,
-            linestyle=look.dash,
-            linewidth=2,
-            marker=_marker(look, len(curve)),
-            markevery=max(1, len(curve) // FEW_POINTS),
-            markersize=4,
-            clip_on=False,
-        )
+        bold_line(axes, curve["step"], curve["iqm"], look, 2)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, max(1, int(data["step"].max())))
     axes.set_ylabel("success rate, IQM over runs × tasks")
     steps_axis(axes)
     title(made, "Sample efficiency", section)
-    legend(made, [legend_line(styles[label], label, marked=True) for label in drawn])
+    legend(made, legend_lines(section, drawn, rows["run"]))
     return Drawing(
         title="Sample efficiency",
         figure=made,
@@ -219,6 +195,7 @@ def sample_efficiency(section: Section) -> Drawing:
             "evaluation; band: 95 % stratified bootstrap interval (500 replicates), from "
             f"{stats.MIN_SEEDS} seeds on.",
             drawn,
+            rows["run"],
         ),
         data=data,
     )
@@ -250,7 +227,7 @@ def success_per_hour(section: Section) -> Drawing:
     styles = section_looks(section)
     made = new_figure(3.2)
     axes = made.subplots()
-    drawn = [label for label in section.labels if label in set(rows["label"])]
+    drawn = _drawn(section, rows)
     for label in drawn:
         look, runs = styles[label], rows[rows["label"] == label]
         finished = [run for _, run in runs[runs["finished"]].groupby("run")]
@@ -268,31 +245,30 @@ def success_per_hour(section: Section) -> Drawing:
         if low < high:
             grid = np.linspace(low, high, 100)
             curves = [np.interp(grid, run["hours"], run["value"]) for run in finished]
-            axes.plot(
-                grid, np.mean(curves, axis=0), color=look.colour, linestyle=look.dash, linewidth=2
-            )
+            bold_line(axes, grid, np.mean(curves, axis=0), look, 2)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(left=0)
     axes.set_xlabel("wall-clock hours of training, evaluation included")
     axes.set_ylabel("success rate, mean over tasks")
     title(made, "Success per wall-clock hour", section)
-    unfinished = [] if rows["finished"].all() else [UNFINISHED]
-    legend(made, [legend_line(styles[label], label) for label in drawn] + unfinished)
+    legend(made, _curve_handles(section, rows))
     return Drawing(
         title="Success per wall-clock hour",
         figure=made,
         caption=section.caption(
             f"Success rate at each evaluation against the time trained by then. {_CURVE_ESTIMATOR} "
+            "The bold mean of an algorithm ends where the first of its finished runs ended. "
             "Hours depend on the machine and on what else ran on it: "
             f"{'; '.join(section.hardware) or 'hardware not recorded'}.",
             drawn,
+            rows["run"],
         ),
         data=rows.rename(columns={"value": "success"}),
     )
 
 
 def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Drawing:
-    rows = _curve_rows(section, metric)
+    rows = _curve_rows(section, metric, per_task=True)
     styles = section_looks(section)
     made, cells = panels(section, ylabel, share_y=metric == "success")
     parts = dict(list(rows.groupby(["task", "label"])))
@@ -313,7 +289,9 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
         title=words,
         figure=made,
         caption=section.caption(
-            f"{words}, at each evaluation and, last, the final one. {_CURVE_ESTIMATOR}{scale}"
+            f"{words}, at each evaluation and, last, the final one. {_CURVE_ESTIMATOR}{scale}",
+            _drawn(section, rows),
+            rows["run"],
         ),
         data=rows.rename(columns={"value": metric}),
     )

@@ -6,6 +6,7 @@ No pyplot, no global state: the same frames give the same bytes.
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import ArrayLike
 
 from reports.frames import Ablation, MissingError, ProbedRun, Section, base_name
 from reports.registry import Registry, Source
@@ -57,16 +59,6 @@ STYLE: Any = {
     "savefig.dpi": DPI,
 }
 
-# Okabe and Ito's colours, which stay apart in the common colour vision deficiencies.
-_OWN_COLOURS = {
-    "mega": "#D55E00",
-    "d2r": "#0072B2",
-    "soft_module": "#009E73",
-    "paco": "#CC79A7",
-    "care": "#E69F00",
-    "mtmh_sac": "#56B4E9",
-    "mt_sac": "#4D4D4D",
-}
 # Paul Tol's muted scheme: for the variants, and for algorithms that this project does not know.
 _OTHER_COLOURS = (
     "#882255",
@@ -79,8 +71,8 @@ _OTHER_COLOURS = (
     "#661100",
     "#44AA99",
 )
-_VARIANT_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+_DASHES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "d", "h", "8")
 TASK_COLOURS = (
     "#332288",
     "#E69F00",
@@ -170,33 +162,59 @@ class Look:
     marker: str
 
 
+# Okabe and Ito's colours, which stay apart in the common colour vision deficiencies, solid; then
+# Tol's, dashed, as theirs are hues that are taken.
+_OWN_LOOKS = {
+    "mega": Look("#D55E00", "-", "o"),
+    "d2r": Look("#0072B2", "-", "s"),
+    "soft_module": Look("#009E73", "-", "^"),
+    "paco": Look("#CC79A7", "-", "D"),
+    "care": Look("#E69F00", "-", "v"),
+    "mtmh_sac": Look("#56B4E9", "-", "P"),
+    "mt_sac": Look("#4D4D4D", "-", "X"),
+    "moore": Look("#999933", _DASHES[0], "<"),
+    "mixture_of_experts": Look("#332288", _DASHES[1], ">"),
+    "hard_routing": Look("#882255", _DASHES[2], "*"),
+    "sac": Look("#117733", _DASHES[3], "p"),
+}
+
+
 def looks(labels: Iterable[str]) -> dict[str, Look]:
-    """Colour by name; variants are dashed and marked too.
+    """Colour, dash and marker by name: no two alike, nor any marker twice while there are others.
 
     A name decides its own look; only where two names of one report would share one does the later
     of them in alphabetical order move to the next free look.
     """
     out: dict[str, Look] = {}
-    # Plain algorithms first: theirs are the colours that readers know.
+    known = {look.marker for look in _OWN_LOOKS.values()}
+    # Plain algorithms first: theirs are the looks that readers know.
     for label in sorted(labels, key=lambda name: (name != base_name(name), name)):
-        plain, start = label == base_name(label), zlib.crc32(label.encode())
-        if label in _OWN_COLOURS:
-            out[label] = Look(_OWN_COLOURS[label], "-", MARKERS[0])
+        if label in _OWN_LOOKS:
+            out[label] = _OWN_LOOKS[label]
             continue
-        # Nine colours, four dashes and seven markers have no common divisor: slots all differ.
-        slots = range(start, start + len(_OTHER_COLOURS) * len(_VARIANT_DASHES))
+        plain, start = label == base_name(label), zlib.crc32(label.encode())
+        # As many as it takes until colour, dash and marker come together again.
+        cycle = math.lcm(len(_OTHER_COLOURS), len(_DASHES), len(MARKERS))
         options = [
             Look(
                 _OTHER_COLOURS[slot % len(_OTHER_COLOURS)],
-                "-" if plain else _VARIANT_DASHES[slot % len(_VARIANT_DASHES)],
-                MARKERS[0] if plain else MARKERS[1 + slot % 7],
+                "-" if plain else _DASHES[slot % len(_DASHES)],
+                MARKERS[slot % len(MARKERS)],
             )
-            for slot in slots
+            for slot in range(start, start + cycle)
         ]
         colours = {look.colour for look in out.values()}
-        unseen = [look for look in options if look.colour not in colours]
-        unused = [look for look in options if look not in out.values()]
-        out[label] = (unseen or unused or options)[0]
+        lines = {(look.colour, look.dash) for look in out.values()}
+        markers = {look.marker for look in out.values()}
+        out[label] = min(
+            options,
+            key=lambda look: (
+                (look.colour, look.dash) in lines,
+                look.colour in colours,
+                look.marker in markers,
+                look.marker in known,
+            ),
+        )
     return out
 
 
@@ -316,14 +334,8 @@ def draw_probe(
             ]
             if finished:
                 mean = pd.concat(finished, axis=1).dropna().mean(axis=1)
-                axes.plot(
-                    mean.index.to_numpy(),
-                    mean.to_numpy(),
-                    color=look.colour,
-                    linestyle=look.dash,
-                    linewidth=1.5,
-                    drawstyle="steps-post" if steps else "default",
-                )
+                curve = mean.to_numpy()
+                bold_line(axes, mean.index.to_numpy(), curve, look, 1.5, staircase=steps)
     title(made, words, section)
     return made, cells, pd.concat(frames, ignore_index=True)
 
@@ -400,6 +412,27 @@ def thin_lines(
 
 FEW_POINTS = 8
 """A curve of fewer evaluations than this shows each as a point; a single one is no line."""
+CURVE_MARKERS = 3
+"""About so many markers a curve carries; they tell curves apart without their colours."""
+
+
+def bold_line(
+    axes: Axes, x: ArrayLike, y: ArrayLike, look: Look, width: float, staircase: bool = False
+) -> None:
+    """A label's curve with a few of its markers, staggered by label: coinciding curves show."""
+    count = len(np.asarray(x))
+    every = max(1, count // CURVE_MARKERS)
+    golden = 0.618034  # whose multiples spread evenly, however many
+    first = int(every * (MARKERS.index(look.marker) * golden % 1))
+    axes.plot(
+        x, y, color=look.colour, linestyle=look.dash, linewidth=width,
+        marker=look.marker, markevery=(first, every), markersize=2.2 + 1.3 * width,
+        markeredgewidth=0, drawstyle="steps-post" if staircase else "default",
+        clip_on=False,  # the last point stands on the edge
+        alpha=0.9,
+    )  # fmt: skip
+
+
 STEPS = "environment steps per task"
 
 
@@ -431,13 +464,24 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
         made.text(0.5, (below + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
 
 
-def legend_line(look: Look, label: str, marked: bool = False) -> Line2D:
-    """A legend entry for one label; ``marked`` where variants' curves carry their markers."""
-    marker = look.marker if marked and look.dash != "-" else None
-    return Line2D(
-        [], [], color=look.colour, linestyle=look.dash, label=short(label, 60),
-        marker=marker, markersize=4,
-    )  # fmt: skip
+def with_seeds(section: Section, label: str, runs: Iterable[str] | None = None) -> str:
+    """A label as legends have it, with how many of its runs are finished: of all or of these."""
+    return f"{short(label, 60)} (n = {section.seeds(label, runs)})"
+
+
+def legend_lines(
+    section: Section, labels: Iterable[str], runs: Iterable[str] | None = None
+) -> list[Line2D]:
+    """A legend entry for each label; ``runs`` are those in the figure, where it has not all."""
+    styles, shown = section_looks(section), None if runs is None else set(runs)
+    return [
+        Line2D(
+            [], [], color=styles[label].colour, linestyle=styles[label].dash,
+            marker=styles[label].marker, markersize=4, markeredgewidth=0,
+            label=with_seeds(section, label, shown),
+        )
+        for label in labels
+    ]  # fmt: skip
 
 
 def wrapped(label: str, width: int = 24) -> str:

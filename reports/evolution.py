@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -13,14 +14,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from reports import stats
 from reports.drawing import (
-    FEW_POINTS,
     MARKERS,
     STEPS,
     Drawing,
+    bold_line,
     draw_probe,
     figure,
     legend,
-    legend_line,
+    legend_lines,
     map_panels,
     new_figure,
     section_looks,
@@ -71,8 +72,8 @@ def stages(section: Section) -> Drawing:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, high - 2), max(high, low + 2))
-    styles = section_looks(section)
-    handles: list[Any] = [legend_line(styles[label], label) for label in labels_of(runs)]
+    shown = [run.run for run in runs]
+    handles: list[Any] = legend_lines(section, labels_of(runs), shown)
     handles += [
         Line2D([], [], color="#222222", linestyle="", marker=shapes[c], markersize=4, label=c)
         for c in causes
@@ -86,6 +87,7 @@ def stages(section: Section) -> Drawing:
             "nudged apart where they coincide; bold: mean over the finished seeds. Markers: "
             f"{len(events)} stage increases, by cause.",
             labels_of(runs),
+            shown,
         ),
         data=rows.rename(columns={"value": "stage"}),
     )
@@ -157,7 +159,7 @@ def after_growth(section: Section) -> Drawing:
             )
             mean, low, high = stats.mean_interval(seeds.dropna(axis="columns"))
             when, look = seeds.dropna(axis="columns").columns, styles[label]
-            axes.plot(when, mean, color=look.colour, linestyle=look.dash, marker=".")
+            bold_line(axes, when, mean, look, 1.6)
             axes.fill_between(when, low, high, color=look.colour, alpha=0.1, linewidth=0)
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set_xlabel("windows since the increase")
@@ -165,7 +167,7 @@ def after_growth(section: Section) -> Drawing:
     made.axes[0].set_title("success rate in training")
     made.axes[1].set_title("return in training")
     title(made, "Around stage increases", section)
-    legend(made, [legend_line(styles[label], label) for label in labels])
+    legend(made, legend_lines(section, labels, around["run"]))
     counts = around.drop_duplicates(["run", "event"])["label"].value_counts(sort=False)
     return Drawing(
         title="Around stage increases",
@@ -177,6 +179,7 @@ def after_growth(section: Section) -> Drawing:
             "some rise afterwards is regression to the mean: compare variants, not before with "
             "after. Increases: " + ", ".join(f"{k} {v}" for k, v in counts.items()) + ".",
             labels,
+            around["run"],
         ),
         data=around,
     )
@@ -221,14 +224,15 @@ def diversity(section: Section) -> Drawing:
                 seeds += [frame.assign(run=run.run)] if run.finished else []
             if seeds:
                 bold = wide(pd.concat(seeds)).dropna(axis="columns").mean()
-                axes.plot(bold.index, bold, color=look.colour, linestyle=look.dash, linewidth=1.8)
+                bold_line(axes, bold.index, bold, look, 1.8)
         axes.set_title(words)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         steps_axis(axes, ticks=4)
     title(made, "Diversity of the populations", section)
-    legend(made, [legend_line(styles[label], label) for label in labels_of(runs)])
+    shown = [run.run for run in runs]
+    legend(made, legend_lines(section, labels_of(runs), shown))
     return Drawing(
         title="Diversity of the populations",
         figure=made,
@@ -238,6 +242,7 @@ def diversity(section: Section) -> Drawing:
             "task. Thin lines: every seed, mean over tasks, in the range of its tasks (pale); "
             "bold: mean over the finished seeds.",
             labels_of(runs),
+            shown,
         ),
         data=pd.concat(frames, ignore_index=True),
     )
@@ -269,15 +274,8 @@ def genetic_cost(section: Section) -> Drawing:
     for axes, column in ((left, "share"), (right, "per_generation")):
         for (label, _, finished), of_run in spent.groupby(["label", "run", "finished"]):
             look = styles[str(label)]
-            axes.plot(
-                of_run["step"],
-                of_run[column],
-                color=look.colour,
-                linestyle=look.dash if finished else ":",
-                linewidth=1.1,
-                alpha=0.85,
-                marker="." if len(of_run) < FEW_POINTS else None,
-            )
+            look = look if finished else replace(look, dash=":")
+            bold_line(axes, of_run["step"], of_run[column], look, 1.1)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         steps_axis(axes, ticks=4)
@@ -285,7 +283,7 @@ def genetic_cost(section: Section) -> Drawing:
     left.set_title("share of the training time so far")
     right.set_title("milliseconds per generation of one task")
     title(made, "Cost of the genetic algorithm", section)
-    legend(made, [legend_line(styles[label], label) for label in labels])
+    legend(made, legend_lines(section, labels, spent["run"]))
     return Drawing(
         title="Cost of the genetic algorithm",
         figure=made,
@@ -294,6 +292,7 @@ def genetic_cost(section: Section) -> Drawing:
             "training time (left) and per generation of one task's population (right). A line is a "
             "seed (dotted: unfinished).",
             labels,
+            spent["run"],
         ),
         data=spent[["label", "run", "step", "genetic", "total", "share", "per_generation"]],
     )

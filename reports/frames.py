@@ -42,7 +42,8 @@ METRIC_COLUMNS = _ROW | {"kind": "", "task": "", "metric": "", "value": np.nan, 
 TIMING_COLUMNS = _ROW | {"section": "", "seconds": np.nan}
 HEALTH_COLUMNS = {"run": "", "check": "", "result": "", "verdict": "", "advice": ""}
 
-_NO_TASK = ("", "all")
+WITHOUT_TASKS = "all"
+"""The task of rows that are a mean over tasks."""
 REFERENCES = ("expert", "random")
 """Policies that nobody trained; they are yardsticks, never contestants."""
 
@@ -169,62 +170,6 @@ class Results:
 def _stacked(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     present = [frame for frame in (first, second) if len(frame)]
     return pd.concat(present, ignore_index=True) if present else first
-
-
-CURVE_COLUMNS = ("algorithm", "step", "success")
-"""What a table of curves must have; ``suite``, ``seed``, ``task``, ``return``, ``episodes``,
-``preset`` and ``steps_per_task`` it may have."""
-
-
-def read_curves(path: Path) -> Results:
-    """Curves from elsewhere: a CSV of success rates in [0, 1] over environment steps per task.
-
-    Needs ``CURVE_COLUMNS``; a row without ``task`` is a mean over tasks. Curves that state a
-    ``preset`` and ``steps_per_task`` of ours are drawn beside ours, others by themselves. The last
-    row of each curve counts as its final evaluation.
-
-    Raises:
-        ValueError: a column is missing or a success rate is none.
-        OSError: the file cannot be read.
-    """
-    path = Path(path)
-    frame = pd.read_csv(path)
-    if lacking := [name for name in CURVE_COLUMNS if name not in frame]:
-        raise ValueError(
-            f"{path}: column {lacking[0]!r} is missing; needed are {', '.join(CURVE_COLUMNS)}"
-        )
-    defaults: dict[str, Any] = {
-        "suite": "unknown",
-        "seed": 0,
-        "task": "all",
-        "episodes": 1,
-        "preset": "imported",
-        "steps_per_task": int(frame["step"].max()) if len(frame) else 0,
-    }
-    for name, value in defaults.items():
-        frame[name] = frame[name].fillna(value) if name in frame else value
-    rates = pd.to_numeric(frame["success"], errors="coerce")
-    if not rates.between(0, 1).all():
-        wrong = frame.loc[~rates.between(0, 1), "success"].iloc[0]
-        raise ValueError(f"{path}: success {wrong} is no rate between 0 and 1")
-    keys = ["suite", "algorithm", "seed", "preset", "steps_per_task"]
-    frame["run"] = [f"{path.name}: " + "/".join(map(str, key)) for key in frame[keys].to_numpy()]
-    last = frame["step"] == frame.groupby("run")["step"].transform("max")
-    runs = frame.groupby("run", as_index=False).agg({"step": "max"} | dict.fromkeys(keys, "first"))
-    row = ["run", "suite", "algorithm", "seed", "step", "task"]
-    success = frame[row].assign(
-        kind=np.where(last, "final", "eval"),
-        metric="success",
-        value=rates * frame["episodes"],
-        count=frame["episodes"],
-    )
-    metrics = [success]
-    if "return" in frame:
-        metrics.append(success.assign(metric="return", value=frame["return"]))
-    return Results(
-        runs=runs.assign(state="done", origin=path.name),
-        metrics=pd.concat(metrics, ignore_index=True),
-    )
 
 
 @cache
@@ -370,7 +315,8 @@ class Section:
     preset: str
     steps_per_task: int
     runs: pd.DataFrame
-    """Rows of ``Results.runs`` with ``label`` and ``finished``."""
+    """Rows of ``Results.runs`` with ``label``, ``finished`` (done, with a final success rate on
+    every task) and ``taskless`` (measured as a mean over the tasks only)."""
     metrics: pd.DataFrame
     """Evaluation rows of these runs, with ``label`` and ``finished``."""
     references: pd.DataFrame
@@ -457,19 +403,31 @@ class Section:
         return f"{words} (not the papers' scale{paper})"
 
     @cached_property
+    def unfinished(self) -> pd.DataFrame:
+        """The runs without a result, their state in words."""
+        out = self.runs[~self.runs["finished"]]
+        partly = "done without a whole final evaluation"
+        return out.assign(state=out["state"].where(out["state"] != "done", partly))
+
+    @cached_property
     def missing(self) -> str:
         """How many of the section's runs have no result, by state."""
-        out = self.runs[~self.runs["finished"]]
+        out = self.unfinished
         if out.empty:
             return f"all {len(self.runs)} runs finished"
-        states = out["state"].where(out["state"] != "done", "done without final evaluation")
-        counts = ", ".join(f"{n} {state}" for state, n in sorted(states.value_counts().items()))
+        counts = ", ".join(f"{n} {s}" for s, n in sorted(out["state"].value_counts().items()))
         return f"{len(out)} of {len(self.runs)} runs missing ({counts})"
+
+    def seeds(self, label: str, runs: Iterable[str] | None = None) -> int:
+        """How many runs of the label are finished, of all or of these."""
+        of_label = self.runs[self.runs["finished"] & (self.runs["label"] == label)]
+        return len(of_label) if runs is None else int(of_label["run"].isin(set(runs)).sum())
 
     @cached_property
     def _final(self) -> pd.DataFrame:
         rows = self.metrics
-        return rows[(rows["kind"] == "final") & (rows["metric"] == "success") & rows["finished"]]
+        rows = rows[(rows["kind"] == "final") & (rows["metric"] == "success") & rows["finished"]]
+        return rows[rows["task"].isin(self.tasks)]
 
     @cached_property
     def episodes(self) -> str:
@@ -481,9 +439,10 @@ class Section:
         return str(low) if low == high else f"{low}–{high}"
 
     def scores(self, label: str) -> pd.DataFrame:
-        """Final success rates, seeds x tasks; runs that lack a task's evaluation are left out.
+        """Final success rates of the finished runs, seeds x tasks.
 
-        Index: seed, ascending. The rate is successes over episodes of the last policy.
+        Index: seed, ascending. The rate is successes over episodes of the last policy. Runs that
+        were measured without tasks have none.
         """
         of_label = self._scores.get(label)
         return pd.DataFrame(columns=list(self.tasks), dtype=float) if of_label is None else of_label
@@ -524,11 +483,18 @@ class Section:
     def curves(self, metric: str) -> pd.DataFrame:
         """Evaluations during training and the final one: label, run, finished, step, task, value.
 
-        ``success`` comes as a rate; ``return`` as the mean over the evaluation's episodes.
+        Their mean over tasks is the run's curve, also where nothing but a mean was recorded;
+        ``task_curves`` has those with tasks only. ``success`` comes as a rate; ``return`` as the
+        mean over the evaluation's episodes.
         """
         if metric not in self._curves:
             self._curves[metric] = self._curve_rows(metric)
         return self._curves[metric]
+
+    def task_curves(self, metric: str) -> pd.DataFrame:
+        """The rows of ``curves`` that are of one task each."""
+        rows = self.curves(metric)
+        return rows[rows["task"].isin(self.tasks)]
 
     @cached_property
     def _curves(self) -> dict[str, pd.DataFrame]:
@@ -537,6 +503,9 @@ class Section:
     def _curve_rows(self, metric: str) -> pd.DataFrame:
         rows = self.metrics
         rows = rows[rows["kind"].isin(["eval", "final"]) & (rows["metric"] == metric)]
+        # The final evaluation, of more episodes, stands for the one during training at its step.
+        rows = rows.sort_values("kind", kind="stable")
+        rows = rows.drop_duplicates(["run", "step", "task"], keep="last").sort_index()
         value = rows["value"] / rows["count"] if metric == "success" else rows["value"]
         keep = ["label", "run", "finished", "step", "task"]
         return rows[keep].assign(value=value).dropna(subset="value")
@@ -570,10 +539,18 @@ class Section:
             if run.finished and key in arrays:
                 yield run, arrays[key]
 
-    def caption(self, estimator: str, labels: list[str] | None = None) -> str:
-        """Estimator, seeds, episodes, scale and missing runs, as under every table and figure."""
+    def caption(
+        self,
+        estimator: str,
+        labels: list[str] | None = None,
+        runs: Iterable[str] | None = None,
+    ) -> str:
+        """Estimator, seeds, episodes, scale and missing runs, as under every table and figure.
+
+        ``runs`` are those shown, where that is not every one.
+        """
         names = self.labels if labels is None else labels
-        seeds = ", ".join(f"{name} n = {len(self.scores(name))}" for name in names)
+        seeds = ", ".join(f"{name} n = {self.seeds(name, runs)}" for name in names)
         final = f"{self.episodes} episodes per task" if self.episodes else "none yet"
         return (
             f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {final}. "
@@ -602,8 +579,23 @@ class Ablation:
 def _task_order(results: Results, suite: str, metrics: pd.DataFrame) -> tuple[str, ...]:
     candidates = [*results.tasks.get(suite, ()), *pd.unique(metrics["task"])]
     # Rows about all tasks together carry no task name, or none that is text.
-    named = tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in _NO_TASK))
-    return named or (("all",) if len(metrics) else ())
+    nameless = ("", WITHOUT_TASKS)
+    named = tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in nameless))
+    return named or ((WITHOUT_TASKS,) if len(metrics) else ())
+
+
+def _evaluated(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[set[str], set[str]]:
+    """Runs with a final success rate on each of ``tasks``, or on their mean where that is all the
+    run was measured on; and the runs of which it is."""
+    final = (metrics["kind"] == "final") & (metrics["metric"] == "success")
+    rates = metrics[final & (metrics["value"] / metrics["count"]).notna()]
+    measured, rated = (
+        {str(run): set(seen) for run, seen in rows.groupby("run")["task"].unique().items()}
+        for rows in (metrics, rates)
+    )
+    taskless = {run for run, seen in measured.items() if seen.isdisjoint(tasks)}
+    whole = {run for run, seen in rated.items() if run in taskless or seen.issuperset(tasks)}
+    return whole, taskless
 
 
 def _references(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
@@ -623,12 +615,13 @@ def sections(results: Results) -> list[Section]:
     for key, group in runs.groupby(["suite", "preset", "steps_per_task"]):
         suite, preset, steps = cast(tuple[str, str, int], key)
         metrics = measured[measured["run"].isin(group["run"])]
-        evaluated = set(metrics.loc[metrics["kind"] == "final", "run"])
+        tasks = _task_order(results, suite, metrics)
+        evaluated, taskless = _evaluated(metrics, tasks)
         group = group.assign(
             label=_labels(group),
             finished=(group["state"] == "done") & group["run"].isin(evaluated),
+            taskless=group["run"].isin(taskless),
         )
-        tasks = _task_order(results, suite, metrics)
         facts = group.set_index("run")[["label", "finished"]]
         out.append(
             Section(

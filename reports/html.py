@@ -169,7 +169,7 @@ def _unfinished(found: list[Section]) -> list[Gap]:
             + (f": {last_line(row['error'])}" if row["error"] else ""),
         )
         for section in found
-        for row in section.runs[~section.runs["finished"]].to_dict("records")
+        for row in section.unfinished.to_dict("records")
     ]
 
 

@@ -21,7 +21,7 @@ from reports.drawing import (
     figure,
     grid_columns,
     legend,
-    legend_line,
+    legend_lines,
     map_panels,
     new_figure,
     section_looks,
@@ -29,6 +29,7 @@ from reports.drawing import (
     task_grid,
     task_name,
     title,
+    with_seeds,
 )
 from reports.embedding import RANDOM_STATE, plane, silhouette
 from reports.frames import MissingError, ProbedRun, Section, labels_of, order_key, published
@@ -63,7 +64,8 @@ def route_temperature(section: Section) -> Drawing:
         other.grid(visible=False)
         rightmost = index % columns == columns - 1 or index == len(cells) - 1
         other.tick_params(labelsize=6.5, labelright=rightmost, right=rightmost)
-    handles = [legend_line(styles[label], label) for label in labels]
+    shown = [run.run for run in runs]
+    handles: list[Line2D] = legend_lines(section, labels, shown)
     line = Line2D([], [], color="#222222", linewidth=1, label="success rate (right axis)")
     legend(made, [*handles, line], xlabel=STEPS)
     return Drawing(
@@ -74,6 +76,7 @@ def route_temperature(section: Section) -> Drawing:
             "mean over the finished seeds. Black: success rate of the evaluations, mean over the "
             "finished seeds (right axis).",
             labels,
+            shown,
         ),
         data=rows.rename(columns={"value": "route_temperature"}),
     )
@@ -95,6 +98,7 @@ def _modules(section: Section) -> pd.DataFrame:
         pd.DataFrame(
             {
                 "label": run.label,
+                "run": run.run,
                 "seed": run.seed,
                 "task": list(section.tasks),
                 "modules": np.asarray(values, dtype=float),
@@ -151,7 +155,7 @@ def modules_used(section: Section) -> Drawing:
             edgecolors="#222222",
             linewidths=0.7,
             zorder=3,
-            label=short(label, 60),
+            label=with_seeds(section, label, of_label["run"]),
         )
     axes.set_yticks(range(len(order)), [task_name(str(task)) for task in order])
     axes.set_ylim(-0.6, len(order) - 0.4)
@@ -168,6 +172,7 @@ def modules_used(section: Section) -> Drawing:
             "evaluation, with the standard deviation over states (bars). Pale points: seeds; "
             "outlined: their mean. Tasks ordered by the means.",
             labels,
+            rows["run"],
         ),
         data=rows,
     )
@@ -216,6 +221,7 @@ def modules_difference(section: Section) -> Drawing:
             "each, tasks sorted; bars in the colour of the algorithm that uses more; dashed: mean "
             f"over tasks, {mean:+.2f} (MEGA Sec. 5.3 prints {printed}).",
             [ours, theirs],
+            rows["run"],
         ),
         data=delta.rename("difference").rename_axis("task").reset_index(),
     )
@@ -374,7 +380,8 @@ def sparsity(section: Section) -> Drawing:
         count = (routes[..., 1:, :] > NOTICED).sum(axis=-1)
         for sources in range(1, routes.shape[-1] + 1):
             share = float((count == sources).mean())
-            rows.append({"label": run.label, "seed": run.seed, "sources": sources, "share": share})
+            rows.append({"label": run.label, "run": run.run, "seed": run.seed})
+            rows[-1] |= {"sources": sources, "share": share}
     if not rows:
         raise MissingError("no finished run has recorded routes between modules (only D2R has)")
     data = pd.DataFrame(rows)
@@ -388,7 +395,7 @@ def sparsity(section: Section) -> Drawing:
         mean = of_label.groupby("sources")["share"].mean()
         axes.bar(
             mean.index + offset, mean, width=0.74 / len(labels), color=look.colour,
-            alpha=0.75, label=short(label, 60),
+            alpha=0.75, label=with_seeds(section, label, of_label["run"]),
         )  # fmt: skip
         axes.plot(
             of_label["sources"] + offset, of_label["share"], "o", color="#222222", markersize=1.8
@@ -410,6 +417,7 @@ def sparsity(section: Section) -> Drawing:
             "states of the final evaluation; modules with one possible source left out. Bars: mean "
             "over seeds; points: seeds. D2R App. C.3 shows it for soft routing.",
             labels,
+            data["run"],
         ),
         data=data,
     )

@@ -313,14 +313,14 @@ def _items(frame: pd.DataFrame) -> list[tuple[object, np.ndarray]]:
 @table("area")
 def area(section: Section) -> Table:
     """Area under the return curve per task: what was learned also where success stays 0."""
-    rows = section.curves("return")
+    rows = section.task_curves("return")
     rows = rows[rows["finished"]]
     if rows.empty:
         raise MissingError(f"no finished run has recorded returns ({section.missing})")
     heights = []
     for (label, run, task), curve in rows.groupby(["label", "run", "task"]):
-        means = curve.groupby("step")["value"].mean()
-        height = float(stats.area_under_curve(means.index, means))
+        curve = curve.sort_values("step")
+        height = float(stats.area_under_curve(curve["step"], curve["value"]))
         heights.append({"label": label, "run": run, "task": task, "area": height})
     data = pd.DataFrame(heights)
     labels = [label for label in section.labels if label in set(data["label"])]
@@ -861,7 +861,8 @@ def _settings(section: Section, prefix: str) -> dict[str, dict[str, str]]:
 
 
 def setting_warnings(section: Section) -> tuple[str, ...]:
-    """Protocol and recipe fields that differ between algorithms of one section."""
+    """What does not compare: settings that differ between algorithms of one section, and curves
+    that know no tasks."""
     protocol, recipe = _settings(section, "protocol."), _settings(section, "config.")
     candidates = [("Protocol", name, values) for name, values in protocol.items()]
     candidates += [("Recipe", name, recipe[name]) for name in RECIPE if name in recipe]
@@ -871,6 +872,11 @@ def setting_warnings(section: Section) -> tuple[str, ...]:
         if len(set(given.values())) > 1:
             shown = "; ".join(f"{label}: {value}" for label, value in given.items())
             out.append(f"{kind} differs in {name} ({shown}): these rows do not compare fairly.")
+    without = section.runs.loc[section.runs["taskless"], "label"]
+    out += [
+        f"{label} was imported without tasks: it is in the curves, not in the tables."
+        for label in dict.fromkeys(without)
+    ]
     return tuple(out)
 
 
@@ -954,7 +960,7 @@ def run_table(results: Results) -> Table:
         ),
         words=("Algorithm", "State", "Error"),
         rows=rows,
-        data=runs.drop(columns=["finished"]),
+        data=runs.drop(columns=["finished", "taskless"]),
         caption="Every run found. Latest evaluation: mean over tasks of its success rate.",
         details=len(rows) > 20,
     )

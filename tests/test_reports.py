@@ -13,10 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_results import MT10, _genotypes, make_results, without_curves
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from rich.console import Console
 
+import algorithms
 from reports import Results, build, published, stats, summary
-from reports.drawing import figure, looks
+from reports.drawing import bold_line, figure, looks
 from reports.figures import ABLATION_FIGURES, FIGURES
 from reports.frames import MissingError, sections
 from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
@@ -307,6 +310,34 @@ def test_compute_table_shares_and_speed() -> None:
     assert row["Actor + critic M"] == "0.49 + 0.68"
 
 
+def test_a_run_without_a_tasks_final_evaluation_is_missing(tmp_path: Path) -> None:
+    made = without_curves(make_results(("mega", "d2r"), seeds=3))
+    cut = made.metrics["run"].str.contains("mega/2") & (made.metrics["task"] == MT10[0])
+    cut &= made.metrics["kind"] == "final"
+    lacking = replace(made, metrics=made.metrics[~cut])
+    (section,) = sections(lacking)
+    assert section.runs.set_index("run")["finished"].sum() == 5
+    assert len(section.scores("mega")) == section.seeds("mega") == 2
+    words = "1 of 6 runs missing (1 done without a whole final evaluation)"
+    assert words in TABLES["success_rates"](section).caption
+    page = build(lacking, tmp_path, formats=()).read_text()
+    assert "mega / seed 2" in page
+    assert "done without a whole final evaluation at step 100,000" in page
+
+
+def test_a_final_evaluation_stands_for_the_one_of_its_step() -> None:
+    made = make_results(("mega",), seeds=2)
+    returns = made.metrics["metric"] == "return"
+    made.metrics.loc[returns & (made.metrics["kind"] == "eval"), "value"] = 0.0
+    made.metrics.loc[returns & (made.metrics["kind"] == "final"), "value"] = 100.0
+    (section,) = sections(made)
+    # 0 up to 90,000 steps, then up to 100: the last of ten trapezoids.
+    assert set(TABLES["area"](section).data["area"]) == {5.0}
+    last = section.curves("return").query("step == 100_000")
+    assert len(last) == 2 * len(section.tasks)
+    assert (last["value"] == 100).all()
+
+
 def test_a_row_of_the_capacity_table_is_a_depth_and_not_a_name() -> None:
     """The plain algorithm has the preset's depth: at the papers' it is their fifth layer's row."""
     names = ("soft_module", "mtmh_sac", "mtmh_sac@layers3", "mtmh_sac@wide5", "mtmh_sac@ars")
@@ -393,6 +424,55 @@ def test_an_algorithm_has_one_colour_and_variants_differ() -> None:
     assert len(set(shown)) == len(shown)
     few = looks(["mega", "d2r", "other", *variants[:8]])
     assert len({look.colour for look in few.values()}) == len(few)
+
+
+def test_every_algorithm_is_told_apart_without_colours() -> None:
+    names = algorithms.names()
+    own = looks(names)
+    assert len({look.marker for look in own.values()}) == len(names)
+    assert len({(look.colour, str(look.dash)) for look in own.values()}) == len(names)
+    # Solid lines are apart also where red and green are one (Machado et al. 2009, severity 1).
+    deuteranope = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    solid = [look.colour for look in own.values() if look.dash == "-"]
+    assert len(set(solid)) == len(solid) == 7
+    seen = [deuteranope @ np.array(to_rgb(colour)) ** 2.2 for colour in solid]
+    apart = [np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(apart) > 0.1
+    others = looks([*names, "third", "party", "mega@softmax", "d2r@sparse"])
+    assert {name: others[name] for name in names} == own
+    for name in set(others) - set(names):
+        assert (others[name].colour, others[name].dash) not in {
+            (look.colour, look.dash) for label, look in others.items() if label != name
+        }
+
+
+def test_curves_carry_the_marker_of_their_legend_and_how_many_runs() -> None:
+    made = make_results(("mega", "moore"), seeds=4, states={("moore", 1): "failed"})
+    (section,) = sections(made)
+    own = looks(["mega", "moore"])
+    for name in ("learning_curves", "sample_efficiency", "performance_profile", "success_per_hour"):
+        drawing = FIGURES[name](section)
+        drawn = {line.get_marker() for line in drawing.figure.axes[0].get_lines()}
+        assert {own["mega"].marker, own["moore"].marker} <= drawn, name
+        shown = drawing.figure.legends[0]
+        words = [entry.get_text() for entry in shown.get_texts()]
+        assert words[:2] == ["mega (n = 4)", "moore (n = 3)"], name
+        assert "mega n = 4, moore n = 3" in drawing.caption
+        assert [handle.get_marker() for handle in shown.legend_handles[:2]] == ["o", "<"]
+    # Of a figure that has not all runs, those that it has.
+    timed = made.timing[~made.timing["run"].str.contains("mega/[01]")]
+    (section,) = sections(replace(made, timing=timed))
+    drawing = FIGURES["success_per_hour"](section)
+    assert drawing.figure.legends[0].get_texts()[0].get_text() == "mega (n = 2)"
+    assert "mega n = 2" in drawing.caption
+
+
+def test_curves_that_coincide_show_each_others_markers() -> None:
+    axes = Figure().subplots()
+    for label in ("mega", "d2r", "soft_module"):
+        bold_line(axes, np.arange(40), np.ones(40), looks([label])[label], 2)
+    places = [range(40)[slice(*line.get_markevery()[:1], None)] for line in axes.get_lines()]
+    assert len({place[0] for place in places}) == 3
 
 
 def test_long_suites_are_named_in_titles_and_verdicts_by_their_first_tasks() -> None:

@@ -114,13 +114,69 @@ def test_means_without_tasks_are_a_section_of_their_own(tmp_path: Path) -> None:
     path.write_text("algorithm,step,success,seed\nx,10,0.1,0\nx,20,0.3,0\nx,10,0.2,1\nx,20,0.5,1\n")
     (section,) = sections(read_curves(path))
     assert section.scores("x").to_numpy().tolist() == [[0.3], [0.5]]
-    for text, words in (
+
+
+_HEAD = "algorithm,step,success"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
         ("algorithm,step\nx,1\n", "column 'success' is missing"),
-        ("algorithm,step,success\nx,1,83\n", "success 83 is no rate"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            read_curves(path)
+        (f"{_HEAD}\nx,1,83\n", "line 2: success 83 is no rate"),
+        (f"{_HEAD}\nx,1,nan\n", "line 2: success nan is no rate"),
+        (f"{_HEAD}\nx,1,.5\n\nx,,.5\n", r"line 4: step \(empty\) is no whole number"),
+        (f"{_HEAD}\nx,-1,.5\n", "line 2: step -1 is no whole number"),
+        (f"{_HEAD}\nx,1.5,.5\n", "line 2: step 1.5 is no whole number"),
+        (f"{_HEAD}\nx,inf,.5\n", "line 2: step inf is no whole number"),
+        (f"{_HEAD}\n,1,.5\n", "line 2: algorithm is empty"),
+        (f"{_HEAD},return\nx,1,.5,high\n", "line 2: return high is no number"),
+        (f"{_HEAD},episodes\nx,1,.5,0\n", "line 2: episodes 0 is no positive whole number"),
+        (f"{_HEAD},episodes\nx,1,.5,2.5\n", "line 2: episodes 2.5 is no positive whole number"),
+        (f"{_HEAD},seed\nx,1,.5,a\n", "line 2: seed a is no whole number"),
+        (f"{_HEAD}\nx,1,.5\nx,1,.6\n", "line 3: step 1 is there twice for algorithm x"),
+        (f"{_HEAD},task\nx,1,.5,a\nx,2,.6,\n", "line 3: task is empty, other rows"),
+        (f"{_HEAD}\nx,1,.5,9\n", "line 2: 4 values under 3 columns"),
+        (f"{_HEAD}\nx,1\n", "line 2: 2 values under 3 columns"),
+        (f"{_HEAD},step\nx,1,.5,1\n", "column 'step' is there twice"),
+        (f"{_HEAD}\n", "there is no row below the header"),
+        ("", "column 'algorithm' is missing"),
+        (f'{_HEAD}\nx,1,".5\n', "after line 2: unexpected end of data"),
+        (f"{_HEAD}\nx\xe9,1,.5\n", "after line .: 'utf-8' codec can't decode"),
+    ],
+)
+def test_what_is_no_table_of_curves_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"theirs\.csv: {words}") as refused:
+        read_curves(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_last_row_of_each_task_is_its_final_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    path.write_text(f"{_HEAD},task,seed\nx,10,0.1,a,\nx,20,0.3,a,\nx,15,0.2,b,\n")
+    (section,) = sections(read_curves(path))
+    assert section.scores("x").loc[0].to_dict() == {"a": 0.3, "b": 0.2}
+
+
+def test_means_without_tasks_stand_beside_curves_with_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    rows = "".join(f"theirs,{s},0.5,mt10_rand,cpu,100000\n" for s in (0, 50_000, 100_000))
+    path.write_text(f"{_HEAD},suite,preset,steps_per_task\n{rows}")
+    both = make_results(("mega",), seeds=3) + read_curves(path)
+    (section,) = sections(both)
+    assert section.missing == "all 4 runs finished"
+    assert section.scored == ["mega"]
+    curves = FIGURES["learning_curves"](section)
+    assert set(curves.data["label"]) == {"mega", "theirs"}
+    assert "theirs n = 1" in curves.caption
+    for name in ("sample_efficiency", "task_success"):
+        assert set(FIGURES[name](section).data["label"]) == {"mega"}, name
+    made = TABLES["success_rates"](section)
+    (warning,) = made.warnings
+    assert warning == ("theirs was imported without tasks: it is in the curves, not in the tables.")
+    assert "Final evaluation: 50 episodes per task" in made.caption
 
 
 # Two sweeps --------------------------------------------------------------------------------------
