@@ -846,8 +846,7 @@ def eval_(
     """
     if film is not None and not video:
         raise UsageError(f"{film}: a file is for --video")
-    if video:
-        _prepare_video(film)
+    _prepare_rendering(film, video=video)
     from bench import machine, references
     from bench.evaluate import episodes_needed, evaluate
     from bench.store import StoreError, open_run
@@ -905,15 +904,17 @@ def eval_(
     print(f"mean success {outcome.success.mean():.3f} at step {step:,} per task")
 
 
-def _prepare_video(file: Path | None) -> None:
-    """Choose a renderer before anything imports MuJoCo."""
-    from bench import video
+def _prepare_rendering(file: Path | None, *, video: bool) -> None:
+    """Check MUJOCO_GL, and for a video choose a renderer, before anything imports MuJoCo."""
+    from bench.video import backend_setting, check_format, choose_backend
     from suites.base import RenderError
 
     try:
+        backend_setting()
         if file is not None:
-            video.check_format(file)
-        video.choose_backend()
+            check_format(file)
+        if video:
+            choose_backend()
     except RenderError as error:
         raise WorkError(str(error)) from None
     except ValueError as error:

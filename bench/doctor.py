@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import algorithms
-from bench import machine
+from bench import machine, video
 from bench.frames import RESTORE, health_of, state_of
 from bench.spec import RunSpec
 from bench.store import METRICS_HEADER, RunStore, StoreError
@@ -39,17 +39,14 @@ def machine_checks(out: Path) -> list[Check]:
             "" if cuda else "fine for the cpu preset; the paper preset wants a GPU build of torch",
         )
     )  # fmt: skip
-    checks.append(_simulator())
+    renderer = _renderer()
+    checks.append(_simulator(renderer))
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     checks.append(
         _check("compiler", "good" if compiler else "note", compiler or "none",
                "" if compiler else "only torch.compile would need one")
     )  # fmt: skip
-    renderer = os.environ.get("MUJOCO_GL", "")
-    checks.append(
-        _check("renderer", "good" if renderer else "note", renderer or "MUJOCO_GL is not set",
-               "" if renderer else "training needs none; for videos set MUJOCO_GL=egl or osmesa")
-    )  # fmt: skip
+    checks.append(renderer)
     place = out
     while not place.is_dir():
         place = place.parent
@@ -207,7 +204,22 @@ def _leftovers(store: RunStore) -> Check:
                   "bench clean removes them" if found else "")  # fmt: skip
 
 
-def _simulator() -> Check:
+def _renderer() -> Check:
+    """Whether MUJOCO_GL is a renderer, and one that works here."""
+    try:
+        given = video.backend_setting()
+    except ValueError as error:
+        return _check("renderer", "bad", str(error).partition(";")[0], video.ADVICE)
+    if not given:
+        return _check("renderer", "note", "MUJOCO_GL is not set",
+                      "training needs none; bench eval --video looks for one")  # fmt: skip
+    if given in video.OFF or not video.renders(given):
+        value = f"MUJOCO_GL is {given!r}, which renders nothing here"
+        return _check("renderer", "note", value, f"training needs none; for videos {video.ADVICE}")
+    return _check("renderer", "good", given)
+
+
+def _simulator(renderer: Check) -> Check:
     import numpy as np
 
     import suites
@@ -219,7 +231,8 @@ def _simulator() -> Check:
         envs.close()
     except Exception as error:  # noqa: BLE001  (whatever is wrong is what this check reports)
         return _check("simulator", "bad", f"{type(error).__name__}: {error}",
-                      "reinstall metaworld and mujoco")  # fmt: skip
+                      renderer["advice"] if renderer["result"] == "bad"
+                      else "reinstall metaworld and mujoco")  # fmt: skip
     return _check("simulator", "good", "Meta-World steps")
 
 

@@ -16,26 +16,51 @@ from bench.evaluate import Policy
 from suites.base import RenderError, VectorEnv, stream
 
 BACKENDS = ("egl", "osmesa")
+SETTINGS = (*BACKENDS, "glfw", "glx", "cgl", "wgl", "enable", "enabled", "on", "true", "1")
+OFF = ("disable", "disabled", "off", "false", "0")
+"""What MuJoCo takes as MUJOCO_GL, and as having no renderer."""
+ADVICE = "set it to egl, osmesa or glfw (which needs a screen), or unset it"
 FORMATS = (".webp", ".gif", ".mp4")
 EVERY = 4
 """Steps from one picture to the next."""
 PICTURES_PER_SECOND = 12
 
 
+def backend_setting() -> str:
+    """MUJOCO_GL as MuJoCo reads it, empty where it is not set.
+
+    Raises ValueError for a value with which MuJoCo cannot even be imported.
+    """
+    given = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if given and given not in (*SETTINGS, *OFF):
+        raise ValueError(f"MUJOCO_GL is {given!r}, which MuJoCo does not know; {ADVICE}")
+    return given
+
+
+def renders(backend: str) -> bool:
+    """Whether a picture can be had with this MUJOCO_GL; tried by a process of its own."""
+    check = "import mujoco as m; m.Renderer(m.MjModel.from_xml_string('<mujoco/>'), 16, 16)"
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
 def choose_backend() -> str:
     """Set MUJOCO_GL to a renderer that works without a screen, before MuJoCo is imported.
 
-    What the user has set stays. Raises RenderError if neither EGL nor OSMesa works.
+    What the user has set stays. Raises RenderError if that, or neither EGL nor OSMesa, works, and
+    ValueError if it is nothing that MuJoCo knows.
     """
-    if given := os.environ.get("MUJOCO_GL"):
+    if given := backend_setting():
+        if given in OFF or not renders(given):
+            raise RenderError(
+                f"no video: MUJOCO_GL is {given!r}, which renders nothing here\n{ADVICE}"
+            )
         return given
-    check = "import mujoco; mujoco.GLContext(16, 16).make_current()"
     for backend in BACKENDS:
-        done = subprocess.run(
-            [sys.executable, "-c", check],
-            env=os.environ | {"MUJOCO_GL": backend}, capture_output=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
+        if renders(backend):
             os.environ["MUJOCO_GL"] = backend
             return backend
     raise RenderError(

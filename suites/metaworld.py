@@ -248,11 +248,11 @@ def offscreen(model: Any) -> Any:
 
     Raises RenderError where neither EGL nor OSMesa can be used.
     """
-    try:
-        import mujoco
+    import mujoco
 
+    try:
         return mujoco.Renderer(model, *_PICTURE)
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
         raise RenderError(f"MuJoCo cannot render: {type(error).__name__}: {error}") from None
 
 

@@ -374,6 +374,39 @@ def test_without_a_renderer_the_message_says_what_to_install(
     assert "apt-get install libosmesa6" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("value", "options", "code", "words"),
+    [
+        ("bogus", ("--video",), 2, "MUJOCO_GL is 'bogus', which MuJoCo does not know"),
+        ("bogus", (), 2, "MUJOCO_GL is 'bogus', which MuJoCo does not know"),
+        ("disabled", ("--video",), 1, "MUJOCO_GL is 'disabled', which renders nothing here"),
+        ("glfw", ("--video",), 1, "MUJOCO_GL is 'glfw', which renders nothing here"),
+    ],
+)
+def test_a_renderer_that_is_none_is_named(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, value: str, options: tuple[str, ...], code: int,
+    words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MUJOCO_GL", value)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    (run,) = runs.glob("toy/mega/*")
+    done = bench("eval", str(run), "--episodes", "1", *options)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "set it to egl, osmesa or glfw (which needs a screen), or unset it" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_doctor_judges_the_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "bogus")
+    done = bench("doctor", "--json")
+    checks = {row["check"]: row for row in json.loads(done.stdout)["rows"]}
+    assert checks["renderer"]["result"] == checks["simulator"]["result"] == "bad"
+    assert "set it to egl" in checks["renderer"]["advice"]
+    assert "reinstall" not in checks["simulator"]["advice"]
+
+
 # Notebooks ---------------------------------------------------------------------------------------
 
 
