@@ -193,10 +193,27 @@ def modules_difference(section: Section) -> Drawing:
     delta = (means[ours] - means[theirs]).sort_values(kind="stable")
     mean = float(delta.mean())
     styles = section_looks(section)
-    made = new_figure(height=1.0 + 0.19 * len(delta))
+    made = new_figure(height=1.2 + 0.21 * len(delta))
     axes = made.subplots()
     colours = [styles[ours if value > 0 else theirs].colour for value in delta]
-    axes.barh(np.arange(len(delta)), delta.to_numpy(), color=colours, height=0.72)
+    axes.barh(np.arange(len(delta)), delta.to_numpy(), color=colours, height=0.72, alpha=0.75)
+    seeds = rows.pivot_table(index="task", columns=["label", "run"], values="modules")
+    against = {
+        ours: seeds[ours].sub(means[theirs], axis="index").loc[delta.index],
+        theirs: seeds[theirs].rsub(means[ours], axis="index").loc[delta.index],
+    }
+    for (label, points), offset in zip(against.items(), (0.18, -0.18), strict=True):
+        axes.scatter(
+            points.to_numpy().ravel(),
+            np.repeat(np.arange(len(delta)) + offset, points.shape[1]),
+            s=9,
+            color=styles[label].colour,
+            marker=styles[label].marker,
+            edgecolors="white",
+            linewidths=0.4,
+            zorder=3,
+            label=with_seeds(section, label, points.columns),
+        )
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.axvline(mean, color="#222222", linewidth=1.2, linestyle=(0, (4, 2)))
     axes.annotate(
@@ -211,6 +228,7 @@ def modules_difference(section: Section) -> Drawing:
     axes.set_ylim(-0.6, len(delta) - 0.4)
     axes.set_xlabel(f"modules used: {short(ours, 30)} minus {short(theirs, 30)}")
     title(made, "Difference in module quantity", section)
+    legend(made, axes.get_legend_handles_labels()[0])
     paper = published("modules_used").query("algorithm == 'mega minus d2r'")
     printed = f"{float(paper['modules_mean'].iloc[0]):+.1f} on {paper['suite'].iloc[0]}"
     return Drawing(
@@ -218,12 +236,15 @@ def modules_difference(section: Section) -> Drawing:
         figure=made,
         caption=section.caption(
             f"Modules used by {ours} minus those used by {theirs}, mean over the finished seeds of "
-            "each, tasks sorted; bars in the colour of the algorithm that uses more; dashed: mean "
+            "each, tasks sorted; bars in the colour of the algorithm that uses more. Points: every "
+            "seed of either against the mean of the other. Dashed: mean "
             f"over tasks, {mean:+.2f} (MEGA Sec. 5.3 prints {printed}).",
             [ours, theirs],
             rows["run"],
         ),
-        data=delta.rename("difference").rename_axis("task").reset_index(),
+        data=pd.concat([delta.rename("difference"), *against.values()], axis=1)
+        .rename_axis("task")
+        .reset_index(),
     )
 
 

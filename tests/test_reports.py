@@ -494,6 +494,12 @@ def test_figures_state_what_they_show(results: Results) -> None:
     expected = (means["mega"] - means["d2r"]).mean()
     assert f"over tasks, {expected:+.2f} (MEGA Sec. 5.3 prints -5.2" in difference.caption
     assert difference.data["difference"].is_monotonic_increasing
+    # Every seed against the mean of the other algorithm: 5 points per task of either.
+    runs = [run for run in difference.data if "/d2r/" in run or "/mega/" in run]
+    assert len(runs) == 10
+    clouds = [points.get_offsets() for points in difference.figure.axes[0].collections]
+    assert [len(cloud) for cloud in clouds] == [50, 50]
+    assert np.mean(clouds[1][:, 0]) == pytest.approx(expected)
     assert "1 failed, 1 running" in FIGURES["learning_curves"](section).caption
 
 
