@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -87,6 +89,14 @@ TASK_COLOURS = (
 )
 
 
+@contextmanager
+def _house_style() -> Iterator[None]:
+    """Draws as ``STYLE`` says; a letter that its font lacks is a box, and no warning."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        yield
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """A figure, what it shows, and the numbers it was drawn from."""
@@ -113,7 +123,7 @@ class Drawing:
         buffer = io.BytesIO()
         canvas: Any
         # Neither a date nor a version: equal frames give equal bytes.
-        with mpl.rc_context(STYLE):
+        with _house_style():
             if kind == "svg":
                 canvas = FigureCanvasSVG(self.figure)
                 canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
@@ -135,7 +145,7 @@ def styled(function: Callable[[Source], Drawing]) -> Callable[[Source], Drawing]
 
     @wraps(function)
     def draw(source: Source) -> Drawing:
-        with mpl.rc_context(STYLE):
+        with _house_style():
             made = function(source)
             if engine := made.figure.get_layout_engine():
                 engine.execute(made.figure)

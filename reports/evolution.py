@@ -30,7 +30,7 @@ from reports.drawing import (
     title,
     wide,
 )
-from reports.frames import MissingError, ProbedRun, Section, labels_of
+from reports.frames import MissingError, ProbedRun, Section, counted, labels_of
 from reports.genotypes import OFFSET, Embedding, collect, embed
 
 
@@ -85,7 +85,7 @@ def stages(section: Section) -> Drawing:
         caption=section.caption(
             "Stage (number of modules a task may use) over training. Thin lines: every seed, "
             "nudged apart where they coincide; bold: mean over the finished seeds. Markers: "
-            f"{len(events)} stage increases, by cause.",
+            f"{counted(len(events), 'stage increase')}, by cause.",
             labels_of(runs),
             shown,
         ),
@@ -375,10 +375,10 @@ def genotype_map(section: Section) -> Drawing:
             if np.isfinite(map_.silhouette_stage)
             else f"none by stage (all at stage {map_.stage[0]})"
         )
-        + f", {len(map_.points)} genotypes, perplexity {map_.perplexity:.0f}"
+        + f", {counted(len(map_.points), 'genotype')}, perplexity {map_.perplexity:.0f}"
         for run, map_ in embedded
     )
-    shown = f"{len(embedded)} of {len(first)} runs" + (
+    shown = f"{len(embedded)} of {counted(len(first), 'run')}" + (
         f" ({'; '.join(refused)})" if refused else ""
     )
     return Drawing(

@@ -212,6 +212,11 @@ def text(value: object) -> str:
     return str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 run``, ``2,000 runs``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def slug(*names: str) -> str:
     """A file name and anchor for any words, unique and short also for strange ones."""
     words = "-".join(names)
@@ -414,9 +419,11 @@ class Section:
         """How many of the section's runs have no result, by state."""
         out = self.unfinished
         if out.empty:
-            return f"all {len(self.runs)} runs finished"
+            return (
+                f"all {len(self.runs)} runs finished" if len(self.runs) > 1 else "the run finished"
+            )
         counts = ", ".join(f"{n} {s}" for s, n in sorted(out["state"].value_counts().items()))
-        return f"{len(out)} of {len(self.runs)} runs missing ({counts})"
+        return f"{len(out)} of {counted(len(self.runs), 'run')} missing ({counts})"
 
     def seeds(self, label: str, runs: Iterable[str] | None = None) -> int:
         """How many runs of the label are finished, of all or of these."""
@@ -437,6 +444,13 @@ class Section:
             return ""
         low, high = int(counts.min()), int(counts.max())
         return str(low) if low == high else f"{low}–{high}"
+
+    @property
+    def evaluated(self) -> str:
+        """``episodes`` in words."""
+        if not self.episodes:
+            return "none yet"
+        return f"{self.episodes} episode{'s' * (self.episodes != '1')} per task"
 
     def scores(self, label: str) -> pd.DataFrame:
         """Final success rates of the finished runs, seeds x tasks.
@@ -551,9 +565,8 @@ class Section:
         """
         names = self.labels if labels is None else labels
         seeds = ", ".join(f"{name} n = {self.seeds(name, runs)}" for name in names)
-        final = f"{self.episodes} episodes per task" if self.episodes else "none yet"
         return (
-            f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {final}. "
+            f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {self.evaluated}. "
             f"Suite {self.suite}, {self.scale}; {self.missing}."
         )
 

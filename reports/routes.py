@@ -32,7 +32,15 @@ from reports.drawing import (
     with_seeds,
 )
 from reports.embedding import RANDOM_STATE, plane, silhouette
-from reports.frames import MissingError, ProbedRun, Section, labels_of, order_key, published
+from reports.frames import (
+    MissingError,
+    ProbedRun,
+    Section,
+    counted,
+    labels_of,
+    order_key,
+    published,
+)
 
 NOTICED = 0.01
 """A source counts from this weight on (D2R App. C.3)."""
@@ -197,10 +205,13 @@ def modules_difference(section: Section) -> Drawing:
     axes = made.subplots()
     colours = [styles[ours if value > 0 else theirs].colour for value in delta]
     axes.barh(np.arange(len(delta)), delta.to_numpy(), color=colours, height=0.72, alpha=0.75)
-    seeds = rows.pivot_table(index="task", columns=["label", "run"], values="modules")
+    used = {
+        label: of_label.pivot_table(index="task", columns="run", values="modules")
+        for label, of_label in rows.groupby("label")
+    }
     against = {
-        ours: seeds[ours].sub(means[theirs], axis="index").loc[delta.index],
-        theirs: seeds[theirs].rsub(means[ours], axis="index").loc[delta.index],
+        ours: used[ours].sub(means[theirs], axis="index").loc[delta.index],
+        theirs: -used[theirs].sub(means[ours], axis="index").loc[delta.index],
     }
     for (label, points), offset in zip(against.items(), (0.18, -0.18), strict=True):
         axes.scatter(
@@ -280,7 +291,7 @@ def route_map(section: Section) -> Drawing:
         points, perplexity = plane(flat)
         maps.append((f"{short(run.label, 30)}, seed {run.seed}", points, task))
         words.append(
-            f"{run.label} {silhouette(flat, task):.2f} ({len(flat)} routes, perplexity "
+            f"{run.label} {silhouette(flat, task):.2f} ({counted(len(flat), 'route')}, perplexity "
             f"{perplexity:.0f})"
         )
         frames.append(
@@ -296,9 +307,8 @@ def route_map(section: Section) -> Drawing:
         )
     made = map_panels(section, maps)
     title(made, "Routes by task", section)
-    more = (
-        f" {len(found) - len(maps)} further algorithms are left out." if found[len(maps) :] else ""
-    )
+    left = len(found) - len(maps)
+    more = f" Left out: {counted(left, 'further algorithm')}." if left else ""
     return Drawing(
         title="Routes by task",
         figure=made,

@@ -27,6 +27,7 @@ from reports.frames import (
     Results,
     Section,
     base_name,
+    counted,
     generator,
     order_key,
     published,
@@ -378,7 +379,7 @@ class Comparison:
     def sentence(self) -> str:
         """The comparison in one line."""
         ours, theirs = self.seeds
-        seeds = f"{ours} and {theirs} seeds" if ours != theirs else f"{ours} seed{'s' * (ours > 1)}"
+        seeds = f"{ours} and {theirs} seeds" if ours != theirs else counted(ours, "seed")
         return (
             f"{self.reference} − {self.other} on {self.place}: "
             f"{interval_cell(self.difference.estimate, signed=True)}, {seeds}: {self.verdict}"
@@ -993,7 +994,7 @@ def summary(results: Results) -> RenderableType:
             )  # fmt: skip
         for row in source.rows:
             grid.add_row(*(Text(row[position]) for position in wanted))
-        notes = [f"{section.scale}; {section.episodes} episodes per task; {section.missing}."]
+        notes = [f"{section.scale}; {section.evaluated}; {section.missing}."]
         if section.preset == "smoke":
             notes.insert(0, "SMOKE: shows that things work, not results.")
         notes += [f"Warning: {warning}" for warning in setting_warnings(section)]

@@ -17,6 +17,11 @@ _LATEX = {
     "·": r"$\cdot$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "…": r"\ldots{}",
+    "τ": r"$\tau$",
+    "α": r"$\alpha$",
+    "[": "{[}",
+    "]": "{]}",
     "⚠": "",
 } | {c: f"\\{c}" for c in "&%$#_{}"}
 
@@ -44,21 +49,23 @@ def to_markdown(source: Table) -> str:
 
 
 def to_latex(source: Table) -> str:
-    """A ``table`` environment for the booktabs package."""
+    """A ``table`` environment for the packages booktabs and graphicx, no wider than the text."""
+    title = latex_escape(source.title)
     rows = [" & ".join(latex_escape(cell) for cell in row) + r" \\" for row in source.rows]
     notes = "".join(f" Warning: {latex_escape(w)}" for w in source.warnings)
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{latex_escape(source.title)}. {latex_escape(source.caption)}{notes}}}",
+            rf"\caption[{title}]{{{title}. {latex_escape(source.caption)}{notes}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * (len(source.columns) - 1)}}}",
             r"\toprule",
             " & ".join(latex_escape(cell) for cell in source.columns) + r" \\",
             r"\midrule",
             *rows,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
             "",
         ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -405,6 +407,23 @@ def test_writers_escape() -> None:
     assert tex.index(r"\toprule") < tex.index(r"\midrule") < tex.index(r"\bottomrule")
 
 
+def test_latex_tables_are_no_wider_than_the_text(tmp_path: Path) -> None:
+    names = tuple(f"an_algorithm_of_a_long_name@variant{i}" for i in range(6))
+    wide = to_latex(TABLES["tasks"](sections(without_curves(make_results(names, seeds=1)))[0]))
+    narrow = to_latex(TABLES["tasks"](sections(without_curves(make_results(seeds=1)))[0]))
+    assert r"\caption[Success rate per task]{Success rate per task. " in wide
+    if not (pdflatex := shutil.which("pdflatex")):
+        pytest.skip("no LaTeX here")
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\listoftables"
+    (tmp_path / "x.tex").write_text(f"{head}\n{wide}\n{narrow}\n\\end{{document}}\n")
+    done = subprocess.run(
+        [pdflatex, "-interaction=nonstopmode", "-halt-on-error", "x.tex"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+
+
 def test_names_are_registered_once() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         table("tasks")(TABLES["tasks"])
@@ -473,6 +492,23 @@ def test_curves_that_coincide_show_each_others_markers() -> None:
         bold_line(axes, np.arange(40), np.ones(40), looks([label])[label], 2)
     places = [range(40)[slice(*line.get_markevery()[:1], None)] for line in axes.get_lines()]
     assert len({place[0] for place in places}) == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_warn_nobody() -> None:
+    (section,) = sections(make_results(("メガ", "mega"), seeds=1, tasks=("到達", "push-v3")))
+    for name in ("learning_curves", "task_success", "task_heat_map"):
+        assert FIGURES[name](section).svg()
+        assert FIGURES[name](section).png()
+
+
+def test_counts_of_one_are_singular() -> None:
+    made = without_curves(make_results(("mega",), seeds=1))
+    one = made.metrics.assign(count=1.0, value=made.metrics["value"].clip(upper=1))
+    (section,) = sections(replace(made, metrics=one))
+    caption = TABLES["success_rates"](section).caption
+    assert "Final evaluation: 1 episode per task." in caption
+    assert caption.endswith("; the run finished.")
 
 
 def test_long_suites_are_named_in_titles_and_verdicts_by_their_first_tasks() -> None:

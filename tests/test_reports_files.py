@@ -342,7 +342,7 @@ def test_a_watched_report_is_renewed_until_the_runs_are_done(runs: Path) -> None
     finally:
         process.kill()
     assert "http-equiv" not in page.read_text()
-    assert "All 1 runs finished" in page.read_text()
+    assert "The run finished" in page.read_text()
 
 
 def test_a_policy_is_filmed_and_the_clips_are_in_the_report(runs: Path, tmp_path: Path) -> None:
