@@ -436,8 +436,9 @@ def bold_line(
     first = int(every * (MARKERS.index(look.marker) * golden % 1))
     axes.plot(
         x, y, color=look.colour, linestyle=look.dash, linewidth=width,
-        marker=look.marker, markevery=(first, every), markersize=2.2 + 1.3 * width,
-        markeredgewidth=0, drawstyle="steps-post" if staircase else "default",
+        marker=look.marker, markevery=(first, every), markersize=3 + 1.7 * width,
+        markeredgecolor="white", markeredgewidth=0.5,
+        drawstyle="steps-post" if staircase else "default",
         clip_on=False,  # the last point stands on the edge
         alpha=0.9,
     )  # fmt: skip
@@ -460,7 +461,7 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
     """
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     width, height = (float(inches) for inches in made.get_size_inches())
-    columns = max(1, min(6, len(handles), int(width / (0.008 * size * longest + 0.45))))
+    columns = max(1, min(6, len(handles), int(width / (0.008 * size * longest + 0.55))))
     below = 0.06 + 0.0215 * size * -(-len(handles) // columns)
     bottom = (below + (0.18 if xlabel else 0)) / height
     engine = made.get_layout_engine()
@@ -468,7 +469,12 @@ def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float =
         engine.set(rect=(0, bottom, 1, 1 - bottom))
     if handles:
         made.legend(
-            handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2, fontsize=size
+            handles=handles,
+            loc="lower center",
+            ncols=columns,
+            borderaxespad=0.2,
+            fontsize=size,
+            handlelength=3.2,  # in which dashes differ
         )
     if xlabel:
         made.text(0.5, (below + 0.03) / height, xlabel, ha="center", va="bottom", fontsize=8)
@@ -487,7 +493,8 @@ def legend_lines(
     return [
         Line2D(
             [], [], color=styles[label].colour, linestyle=styles[label].dash,
-            marker=styles[label].marker, markersize=4, markeredgewidth=0,
+            marker=styles[label].marker, markersize=5.5, markeredgecolor="white",
+            markeredgewidth=0.5,
             label=with_seeds(section, label, shown),
         )
         for label in labels
