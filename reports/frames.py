@@ -517,12 +517,11 @@ class Section:
     def _curve_rows(self, metric: str) -> pd.DataFrame:
         rows = self.metrics
         rows = rows[rows["kind"].isin(["eval", "final"]) & (rows["metric"] == metric)]
-        # The final evaluation, of more episodes, stands for the one during training at its step.
-        rows = rows.sort_values("kind", kind="stable")
-        rows = rows.drop_duplicates(["run", "step", "task"], keep="last").sort_index()
         value = rows["value"] / rows["count"] if metric == "success" else rows["value"]
-        keep = ["label", "run", "finished", "step", "task"]
-        return rows[keep].assign(value=value).dropna(subset="value")
+        # The final evaluation, of more episodes, stands for the one during training at its step.
+        rows = rows.assign(value=value).dropna(subset="value").sort_values("kind", kind="stable")
+        rows = rows.drop_duplicates(["run", "step", "task"], keep="last").sort_index()
+        return rows[["label", "run", "finished", "step", "task", "value"]]
 
     def probed(self, key: str) -> list[ProbedRun]:
         """Runs whose agent recorded ``key`` during training, in display order."""
