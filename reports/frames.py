@@ -418,12 +418,21 @@ class Section:
     def missing(self) -> str:
         """How many of the section's runs have no result, by state."""
         out = self.unfinished
-        if out.empty:
-            return (
-                f"all {len(self.runs)} runs finished" if len(self.runs) > 1 else "the run finished"
-            )
         counts = ", ".join(f"{n} {s}" for s, n in sorted(out["state"].value_counts().items()))
-        return f"{len(out)} of {counted(len(self.runs), 'run')} missing ({counts})"
+        if len(out):
+            words = f"{len(out)} of {counted(len(self.runs), 'run')} missing ({counts})"
+        elif len(self.runs) > 1:
+            words = f"all {len(self.runs)} runs finished"
+        else:
+            words = "the run finished"
+        lost = counted(len(self.unreadable), "run")
+        return f"{words}; {lost} beside them cannot be read" if self.unreadable else words
+
+    @cached_property
+    def unreadable(self) -> list[str]:
+        """Runs of the section's suite that cannot be read: of which scale, nobody knows."""
+        places = {Path(run).parent.parent for run in self.runs["run"] if run.count("/") > 1}
+        return [run for run in self.results.unreadable if Path(run).parent.parent in places]
 
     def seeds(self, label: str, runs: Iterable[str] | None = None) -> int:
         """How many runs of the label are finished, of all or of these."""

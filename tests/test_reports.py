@@ -398,6 +398,14 @@ def test_protocol_that_differs_is_warned_of() -> None:
     assert warning.replace("_", r"\_") in to_markdown(TABLES["protocol"](section))
 
 
+def test_runs_that_cannot_be_read_are_counted_wherever_seeds_are() -> None:
+    made = make_results(("mega",), seeds=2)
+    lost = {"mt10_rand/mega/7-ab": "cut", "mt10_fixed/mega/7-ab": "of another suite"}
+    (section,) = sections(replace(made, unreadable=lost))
+    words = "all 2 runs finished; 1 run beside them cannot be read"
+    assert words in TABLES["success_rates"](section).caption
+
+
 def test_writers_escape() -> None:
     made = TABLES["tasks"](sections(make_results(seeds=1, tasks=("a|b<i>", "50%_&~")))[0])
     assert r"a\|b&lt;i&gt;" in to_markdown(made)
