@@ -297,6 +297,7 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     from bench.store import StoreError
     from bench.track import sinks
 
+    _prepare_rendering(None, video=False)  # MuJoCo stumbles over a MUJOCO_GL that it does not know
     launch.launcher_options(how.launcher, how.launcher_set)
     if 0 < how.hang_seconds < 1:
         raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
