@@ -297,7 +297,6 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     from bench.store import StoreError
     from bench.track import sinks
 
-    _prepare_rendering(None, video=False)  # MuJoCo stumbles over a MUJOCO_GL that it does not know
     launch.launcher_options(how.launcher, how.launcher_set)
     if 0 < how.hang_seconds < 1:
         raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
@@ -1296,6 +1295,12 @@ def main() -> NoReturn:
         if not isinstance(error, SpecError):
             raise
         _fail(error, 2)
+    except RuntimeError as error:
+        from bench.video import ADVICE
+
+        if "MUJOCO_GL" not in str(error):  # MuJoCo's own complaint, wherever it is imported first
+            raise
+        _fail(UsageError(f"{error}; {ADVICE}"), 2)
     sys.exit(0)
 
 

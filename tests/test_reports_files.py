@@ -398,9 +398,14 @@ def test_a_renderer_that_is_none_is_named(
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
-def test_doctor_judges_the_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUJOCO_GL", "bogus")
-    done = bench("doctor", "--json")
+def test_a_renderer_that_is_none_is_named_where_mujoco_is_imported_first() -> None:
+    bogus = os.environ | {"MUJOCO_GL": "bogus"}
+    command = [*BENCH, "run", "--algos", "mega", "--suite", "mt1_rand:reach-v3", "--dry-run"]
+    done = subprocess.run(command, env=bogus, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench: invalid value for environment variable MUJOCO_GL: bogus;")
+    command = [*BENCH, "doctor", "--json"]
+    done = subprocess.run(command, env=bogus, capture_output=True, text=True, check=False)
     checks = {row["check"]: row for row in json.loads(done.stdout)["rows"]}
     assert checks["renderer"]["result"] == checks["simulator"]["result"] == "bad"
     assert "set it to egl" in checks["renderer"]["advice"]
