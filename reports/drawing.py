@@ -130,7 +130,9 @@ class Drawing:
             else:
                 self.figure.set_dpi(DPI)
                 canvas = FigureCanvasAgg(self.figure)
-                canvas.print_png(buffer, metadata={"Software": None})
+                canvas.print_png(
+                    buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 3}
+                )
         return buffer.getvalue()
 
 

@@ -6,6 +6,7 @@ What cannot be had is a line saying why; it never takes the rest along.
 from __future__ import annotations
 
 import base64
+import gc
 import gzip
 import multiprocessing
 import os
@@ -146,10 +147,12 @@ def do_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
     if processes < 2 or "fork" not in multiprocessing.get_all_start_methods():
         return [job() for job in jobs]
     _waiting = jobs
+    gc.freeze()  # no collection in the processes goes over, and so copies, all the frames
     try:
         with multiprocessing.get_context("fork").Pool(processes) as pool:
             return pool.map(_do, range(len(jobs)), chunksize=1)
     finally:
+        gc.unfreeze()
         _waiting = ()
 
 
