@@ -551,8 +551,8 @@ def _conclude(
         raise typer.Exit(130)
     if failed:
         raise typer.Exit(1)
-    if open_ := [job for job in jobs if job.outcome not in ("done", "skipped")]:
-        console.print(f"{len(open_)} runs are not done: the same command looks at them again.")
+    if left := len(jobs) - done:
+        console.print(f"{left} runs are not done: the same command looks at them again.")
         raise typer.Exit(1)
     console.print(f"Next: bench report --out {shlex.quote(str(out))}")
 

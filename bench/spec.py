@@ -398,8 +398,13 @@ def parse_seeds(text: str) -> list[int]:
         seeds += range(low, high + 1)
     if not seeds:
         raise SpecError(f"seeds {text!r}: no seed named; write 5 (seeds 0 to 4), 0-9, or 3,7")
+    return once(seeds, f"seeds {text!r}")
+
+
+def once(seeds: list[int], shown: str) -> list[int]:
+    """The seeds. Raises SpecError, beginning with ``shown``, if one is named twice."""
     if twice := [seed for seed, number in Counter(seeds).items() if number > 1]:
-        raise SpecError(f"seeds {text!r}: {min(twice)} is named twice")
+        raise SpecError(f"{shown}: {min(twice)} is named twice")
     return seeds
 
 

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 
 import algorithms
 from bench.launch import Exit, Handle, Launcher, Order
-from bench.spec import MAX_SEEDS, Protocol, RunSpec, SpecError, parse_seeds, preset_names
+from bench.spec import (
+    MAX_SEEDS,
+    Protocol,
+    RunSpec,
+    SpecError,
+    once,
+    parse_seeds,
+    preset_names,
+)
 from bench.speed import Cost
 from bench.store import RunStore, StoreError
 from bench.train import EXIT_BUSY, EXIT_INTERRUPTED
@@ -232,9 +240,7 @@ def _seeds(value: Any) -> list[int]:
                             "is no seed; write numbers from 0 on, such as [3, 7]")  # fmt: skip
         if len(value) > MAX_SEEDS:
             raise SpecError(f"seeds: {len(value)} are named, at most {MAX_SEEDS} are allowed")
-        if len(set(value)) < len(value):
-            raise SpecError(f"seeds={value!r}: {max(value, key=value.count)} is named twice")
-        return value
+        return once(value, f"seeds={value!r}")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise SpecError(f'seeds={value!r}: write 5 (seeds 0 to 4), "0-9", or [3, 7]')
     return parse_seeds(str(value))
@@ -469,8 +475,8 @@ def notify(command: str, jobs: Sequence[Job], out: Path, *, interrupted: bool) -
     """Run the user's command at the end of a sweep; why it could not be done, or ``""``.
 
     It finds in its environment BENCH_STATE (done, failed, interrupted, or incomplete where another
-    process trains the rest), BENCH_DONE, BENCH_FAILED
-    and BENCH_RUNS (counts), BENCH_OUT and BENCH_MESSAGE.
+    process trains the rest), BENCH_DONE, BENCH_FAILED and BENCH_RUNS (counts), BENCH_OUT and
+    BENCH_MESSAGE.
     """
     done = sum(job.outcome in ("done", "skipped") for job in jobs)
     failed = sum(job.outcome == "failed" for job in jobs)
