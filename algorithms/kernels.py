@@ -9,6 +9,10 @@ the rows. The formulas, and the same in tensor operations for other devices, are
 Symbols: N = C R rows of all C copies together, M modules, K sources per destination, d the width of
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
 view of each row would cost more than its arithmetic. An optional array is absent when it is empty.
+
+A loop that sums writes to no array but the one it reads. Otherwise the compiler guards its
+vectorised version by how far apart the arrays lie, and the order of the sum, hence its last bit,
+would depend on where memory was free.
 """
 
 from __future__ import annotations
@@ -225,6 +229,7 @@ def activate(
             mean = variance = zero
             for w in range(width):
                 x[n, w] += bias[g, w]
+            for w in range(width):
                 mean += x[n, w]
             mean *= part
             for w in range(width):
@@ -282,10 +287,10 @@ def activate_backward(
                 value = arriving[w] if x[n, w] * scale[c, w] + shift[c, w] > zero else zero
                 g_scale[c, w] += value * x[n, w]
                 g_shift[c, w] += value
-                value *= scale[c, w]
-                mean += value
-                along += value * x[n, w]
-                arriving[w] = value
+                arriving[w] = value * scale[c, w]
+            for w in range(width):
+                mean += arriving[w]
+                along += arriving[w] * x[n, w]
             mean *= part
             along *= part
             for w in range(width):
@@ -327,8 +332,9 @@ def push(
             product = zero
             for w in range(width):
                 product += t[n, w] * m[j, n, w]
-                whole[j, n, w] += p * t[n, w]
             g_weights[n, k] = product
+            for w in range(width):
+                whole[j, n, w] += p * t[n, w]
             if suitable.shape[0] > 0 and not suitable[n, k]:
                 if masked:
                     for w in range(width):
@@ -395,9 +401,10 @@ def mix_orthonormal_backward(
             for i in range(k):
                 share, total = weights[c, t, i], kind(0)
                 for w in range(width):
-                    of_v[i, w] = share * gradient[c, n, w]
                     total += gradient[c, n, w] * v[c, i, n, w]
                 of_weights[c, t, i] += total
+                for w in range(width):
+                    of_v[i, w] = share * gradient[c, n, w]
             for i in range(k - 1, -1, -1):
                 norm, along = norms[c, i, n], kind(0)
                 for w in range(width):
@@ -458,12 +465,12 @@ def blend_backward(
             for j in range(sources):
                 for i in range(most):
                     share, inner = p[c, n, i, j], zero
+                    for w in range(width):
+                        inner += g[i, w] * o[c, j, n, w]
+                    of_p[c, n, i, j] = inner
                     if i == 0:
                         for w in range(width):
-                            inner += g[i, w] * o[c, j, n, w]
                             of_o[c, j, n, w] = share * g[i, w]
                     else:
                         for w in range(width):
-                            inner += g[i, w] * o[c, j, n, w]
                             of_o[c, j, n, w] += share * g[i, w]
-                    of_p[c, n, i, j] = inner

@@ -1,0 +1,99 @@
+"""The compiled loops give the same bits wherever in memory their arrays lie.
+
+A compiler vectorises a loop that writes one array and reads another behind a check that they are
+apart; small arrays that are neighbours can fail it. Elementwise arithmetic is the same bits in
+either version of the loop, a sum is not, so a run resumed in another process would differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from algorithms import kernels
+
+Arrays = list[NDArray[Any]]
+WIDTHS = (3, 4, 8, 12, 16, 24, 32, 40, 64)
+
+
+def normal(*shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def zeros(*shape: int) -> NDArray[np.float32]:
+    return np.zeros(shape, np.float32)
+
+
+ABSENT, NO_MARKS = zeros(0, 0), np.zeros((0, 0), bool)
+PLACES = np.array([[[[0], [0]], [[1], [0]], [[2], [0]]]], np.int32)
+
+CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
+    "activate": (
+        kernels.activate,
+        lambda d: [normal(2, d), normal(1, d), normal(1, d), normal(1, d), ABSENT, zeros(2),
+                   zeros(2, d)],
+    ),
+    "activate_backward": (
+        kernels.activate_backward,
+        lambda d: [normal(2, d), ABSENT, normal(2, d), normal(1, d), normal(1, d),
+                   np.abs(normal(2)), zeros(2, d), normal(1, d), normal(1, d), normal(1, d)],
+    ),
+    "push": (
+        lambda *a: kernels.push(*a[:6], True, *a[6:]),
+        lambda d: [normal(2, d), normal(2, d), normal(3, 2, d), np.array([[0, 1], [2, 0]], "i4"),
+                   normal(2, 2), NO_MARKS, normal(3, 2, d), zeros(0, 0, 0), zeros(2, 2)],
+    ),
+    "mix_orthonormal": (
+        lambda *a: kernels.mix_orthonormal(*a[:2], 1e-8, *a[2:]),
+        lambda d: [normal(1, 3, 2, d), normal(1, 1, 3), zeros(1, 3, 2, d), zeros(1, 3, 2),
+                   zeros(1, 2, d)],
+    ),
+    "mix_orthonormal_backward": (
+        lambda *a: kernels.mix_orthonormal_backward(*a[:3], 1e-8, *a[3:]),
+        lambda d: [normal(1, 2, d), normal(1, 3, 2, d), normal(1, 1, 3), normal(1, 3, 2, d),
+                   np.abs(normal(1, 3, 2)), zeros(1, 3, 2, d), zeros(1, 1, 3)],
+    ),
+    "blend": (
+        lambda p, o, out: kernels.blend(p, o, True, out),
+        lambda d: [normal(1, 2, 2, 3), normal(1, 3, 2, d), zeros(1, 2, 2, d)],
+    ),
+    "blend_backward": (
+        lambda g, p, o, out, *of: kernels.blend_backward(g, p, o, True, out, *of),
+        lambda d: [normal(1, 2, 2, d), normal(1, 2, 2, 3), normal(1, 3, 2, d), normal(1, 2, 2, d),
+                   zeros(1, 2, 2, 3), zeros(1, 3, 2, d)],
+    ),
+    "weigh_backward": (
+        lambda g, places, powers, *a: kernels.weigh_backward(g, places, powers, False, *a),
+        lambda d: [normal(3, d, 2), PLACES.repeat(d, -1), np.abs(normal(1, 6, d)),
+                   normal(3, d, 2), zeros(1, 6, d)],
+    ),
+}  # fmt: skip
+
+
+def placed(arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    """Copies in one stretch of memory, in any order, neighbours at most 48 bytes apart."""
+    buffer = np.empty(sum(a.nbytes + 128 for a in arrays) + 64, np.uint8)
+    copies, at = list(arrays), -buffer.ctypes.data % 64
+    for index in rng.permutation(len(arrays)):
+        array = arrays[index]
+        at += -at % 16 + 16 * int(rng.integers(4))
+        copy = buffer[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        copies[index], at = copy, at + array.nbytes
+    return copies
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_do_not_depend_on_where_arrays_lie(name: str) -> None:
+    kernel, arguments = CASES[name]
+    for width in WIDTHS:
+        results = set()
+        for seed in range(60):
+            arrays = placed(arguments(width), np.random.default_rng(seed))
+            kernel(*arrays)
+            results.add(b"".join(a.tobytes() for a in arrays))
+        assert len(results) == 1, f"width {width}"
