@@ -1,7 +1,7 @@
-"""Measure this machine for docs/benchmarks.md, and draw what was measured.
+"""Measure this machine for docs/benchmarks.md, and put tables and figure of it there.
 
-    python docs/benchmarks/measure.py          about 15 minutes on an idle machine
-    python docs/benchmarks/measure.py draw     the figure alone, of the numbers beside this file
+    python docs/benchmarks/measure.py          about 20 minutes on an idle machine
+    python docs/benchmarks/measure.py show     tables and figure alone, of the numbers beside this
 
 Every part is what `bench speed` measures; algorithms that are compared take turns in one process.
 """
@@ -9,19 +9,22 @@ Every part is what `bench speed` measures; algorithms that are compared take tur
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from algorithms import names
 from bench import machine
 from bench.speed import simulator_rows, speed_rows
-from reports.drawing import STYLE, legend, legend_line, looks, new_figure
+from reports.drawing import STYLE, legend, looks, new_figure
 
 HERE = Path(__file__).resolve().parent
 SCALED = ("mt_sac", "d2r", "mega")
@@ -30,12 +33,18 @@ EVERY = tuple(dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "mega@cr
 """MT-SAC first: ratios are to it."""
 TASKS = (1, 10, 25, 50, 200)
 BATCHES = (8, 16, 32, 64, 128, 256)
+AIMS = {
+    "mega": 1.5, "d2r": 1.8, "soft_module": 1.6, "moore": 2.6, "care": 1.3, "paco": 1.4,
+    "mtmh_sac": 1.1, "mega@critic_mlp": 1.05,
+}  # fmt: skip
+"""What we hold an update at the papers' sizes to, as a multiple of MT-SAC's."""
 Rows = list[dict[str, Any]]
 
 
 def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) -> Rows:
     """Rows of `bench.speed.speed_rows` on the CPU, with one thread unless ``more`` has others."""
-    return speed_rows(labels, suites, [preset], "cpu", **({"threads": [1], "seconds": 3} | more))
+    settings: dict[str, Any] = {"threads": [1], "seconds": 3} | more
+    return speed_rows(labels, suites, [preset], "cpu", **settings)
 
 
 PARTS: dict[str, Callable[[], Rows]] = {
@@ -49,8 +58,8 @@ PARTS: dict[str, Callable[[], Rows]] = {
         for row in speed(SCALED, ["toy10"], "cpu", overrides={"batch_per_task": rows})
     ],
     "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
-    "threads": lambda: speed(SCALED, ["mt10_rand"], "paper", threads=[2]),
-    "mt50": lambda: speed(SCALED, ["mt50_rand"], "paper", seconds=10),
+    "threads": lambda: speed(EVERY, ["mt10_rand"], "paper", threads=[os.cpu_count() or 1]),
+    "mt50": lambda: speed(EVERY, ["mt50_rand"], "paper", seconds=6),
 }
 
 
@@ -66,16 +75,113 @@ def measure() -> None:
         (HERE / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def draw() -> None:
-    """``scaling.png`` from ``measured.json``, a panel for each part that is there."""
-    found = json.loads((HERE / "measured.json").read_text())
+def of_paper(found: dict[str, Rows]) -> Rows:
+    """An update at the papers' sizes."""
+    return [
+        {
+            "algorithm": f"`{row['algorithm']}`",
+            "ms per update": f"{row['update_ms']:.0f}",
+            "ratio to MT-SAC": f"{row['ratio']:.2f}",
+            "aim": AIMS.get(row["algorithm"], ""),
+            "GFLOP of products": f"{row['gflop']:.1f}",
+            "share of peak": f"{row['peak_share']:.0%}",
+            "ms per act": f"{row['act_ms']:.2f}",
+        }
+        for row in found["paper"]
+    ]
+
+
+def of_sizes(found: dict[str, Rows]) -> Rows:
+    """The same updates with all threads, on MT50 and at the reduced preset."""
+    parts = {
+        "paper": "MT10, 1 thread",
+        "threads": f"MT10, {found['threads'][0]['threads']} threads",
+        "mt50": "MT50, 1 thread",
+        "cpu": "MT10, `cpu` preset",
+    }
+    return [
+        {"algorithm": f"`{rows[0]['algorithm']}`"}
+        | {
+            words: f"{row['update_ms']:.3g} ({row['ratio']:.2f})"
+            for words, row in zip(parts.values(), rows, strict=True)
+        }
+        for rows in zip(*(found[part] for part in parts), strict=True)
+    ]
+
+
+def of_step(found: dict[str, Rows]) -> Rows:
+    """A whole step of all tasks at the reduced preset."""
+    shown = []
+    for row in found["cpu"]:
+        parts = {name: row[f"{name}_ms"] for name in ("step", "act", "update")}
+        total = sum(parts.values())
+        shown.append(
+            {
+                "algorithm": f"`{row['algorithm']}`",
+                "ms per step of ten tasks": f"{total:.1f}",
+                "simulator": f"{parts['step'] / total:.0%}",
+                "acting": f"{parts['act'] / total:.0%}",
+                "update": f"{parts['update'] / total:.0%}",
+                "update, share of peak": f"{row['peak_share']:.0%}",
+                "steps per task in an hour": f"{3.6e6 / total:,.0f}",
+            }
+        )
+    return shown
+
+
+def of_machines(found: dict[str, Rows]) -> Rows:
+    """Simulators."""
+    return [
+        {
+            "simulator, MT10, random actions": row["simulator"],
+            "environment steps/s": f"{row['steps_per_second']:,.0f}",
+            "against metaworld's sync": f"{row['ratio']:.2f}",
+        }
+        for row in found["simulators"]
+    ]
+
+
+TABLES = {"paper": of_paper, "sizes": of_sizes, "step": of_step, "simulators": of_machines}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of rows of equal keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def with_tables(text: str, found: dict[str, Rows]) -> str:
+    """The page ``text`` with its tables, each between its two comments, made of ``found``."""
+    for name, table in TABLES.items():
+        before, begin, rest = text.partition(f"<!-- measured: {name} -->\n")
+        _, end, after = rest.partition("\n<!-- end -->")
+        if not end:
+            raise SystemExit(f"the page has no place for the table {name}")
+        text = before + begin + markdown(table(found)) + end + after
+    return text
+
+
+def drawn(found: dict[str, Rows]) -> Figure:
+    """A panel for each part that is there."""
     there = [part for part in PANELS if part in found]
     with mpl.rc_context(STYLE):
         made = new_figure(2.5)
         for axes, part in zip(made.subplots(1, len(there)), there, strict=True):
             PANELS[part](axes, found[part])
-        legend(made, [legend_line(LOOKS[label], label) for label in SCALED])
-        made.savefig(HERE / "scaling.png", dpi=150)
+        lines = [
+            Line2D([], [], color=LOOKS[label].colour, marker="o", markersize=3, label=label)
+            for label in SCALED
+        ]
+        legend(made, lines)
+    return made
+
+
+def show() -> None:
+    """Tables and figure of ``measured.json`` where the page has them."""
+    found, page = json.loads((HERE / "measured.json").read_text()), HERE.parent / "benchmarks.md"
+    page.write_text(with_tables(page.read_text(), found))
+    with mpl.rc_context(STYLE):
+        drawn(found).savefig(HERE / "scaling.png", dpi=150)
 
 
 LOOKS = looks(SCALED)
@@ -128,12 +234,12 @@ PANELS: dict[str, Callable[[Axes, Rows], None]] = {
 }
 
 
-def curve(axes: Axes, points: list[tuple[float, float]], colour: str) -> None:
+def curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     """A line through points."""
     axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["draw"]:
+    if sys.argv[1:] != ["show"]:
         measure()
-    draw()
+    show()
