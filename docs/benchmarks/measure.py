@@ -153,11 +153,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def with_tables(text: str, found: dict[str, Rows]) -> str:
     """The page ``text`` with its tables, each between its two comments, made of ``found``."""
     for name, table in TABLES.items():
-        before, begin, rest = text.partition(f"<!-- measured: {name} -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
+        before, begin, rest = text.partition(f"<!-- measured: {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
         if not end:
             raise SystemExit(f"the page has no place for the table {name}")
-        text = before + begin + markdown(table(found)) + end + after
+        text = f"{before}{begin}\n{markdown(table(found))}\n{end}{after}"
     return text
 
 
