@@ -10,9 +10,11 @@ Symbols: N = C R rows of all C copies together, M modules, K sources per destina
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
 view of each row would cost more than its arithmetic. An optional array is absent when it is empty.
 
-A loop that sums writes to no array but the one it reads. Otherwise the compiler guards its
-vectorised version by how far apart the arrays lie, and the order of the sum, hence its last bit,
-would depend on where memory was free.
+The compiler guards a vectorised loop by checks that what it writes overlaps with nothing else; with
+too many arrays in one loop it gives up, and arrays that are one take the slow way. Hence short loops
+of few arrays. A loop that sums writes to no array but the one it reads: otherwise that check, which
+neighbours can fail, would choose the order of the sum, and its last bit would depend on where
+memory was free.
 """
 
 from __future__ import annotations
@@ -213,9 +215,10 @@ def activate(
     """out = ReLU(LayerNorm(x + b)) + u, without LayerNorm where ``scale`` is absent.
 
     ``x`` (N, d): a product with weights; left with what the backward pass needs, the normalised
-    input or that before the ReLU; ``out`` may be the same array if there is no LayerNorm and no
-    ``u`` (N, d, optional). ``inverse`` (N,): 1 over the standard deviation. ``bias`` (G, d),
-    ``scale`` and ``shift`` (C, d): each serves so many rows in a row, G and C divide N.
+    input or that before the ReLU. ``out`` (N, d, optional): if there is neither LayerNorm nor
+    ``u`` it may be absent, and ``x`` is rectified in place. ``u`` (N, d, optional). ``inverse``
+    (N,): 1 over the standard deviation. ``bias`` (G, d), ``scale`` and ``shift`` (C, d): each
+    serves so many rows in a row, G and C divide N.
     """
     rows, width = x.shape
     per_bias, per_scale = rows // bias.shape[0], rows // max(scale.shape[0], 1)
@@ -224,11 +227,15 @@ def activate(
     part = one / kind(width)
     for n in range(rows):
         g = n // per_bias
+        if out.shape[0] == 0:
+            for w in range(width):
+                x[n, w] = max(x[n, w] + bias[g, w], zero)
+            continue
+        for w in range(width):
+            x[n, w] += bias[g, w]
         if scale.shape[0] > 0:
             c = n // per_scale
             mean = variance = zero
-            for w in range(width):
-                x[n, w] += bias[g, w]
             for w in range(width):
                 mean += x[n, w]
             mean *= part
@@ -237,16 +244,20 @@ def activate(
                 variance += x[n, w] * x[n, w]
             factor = one / np.sqrt(variance * part + epsilon)
             inverse[n] = factor
+            if u.shape[0] > 0:
+                for w in range(width):
+                    x[n, w] *= factor
+                    out[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero) + u[n, w]
+            else:
+                for w in range(width):
+                    x[n, w] *= factor
+                    out[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero)
+        elif u.shape[0] > 0:
             for w in range(width):
-                x[n, w] *= factor
-                out[n, w] = max(x[n, w] * scale[c, w] + shift[c, w], zero)
+                out[n, w] = max(x[n, w], zero) + u[n, w]
         else:
             for w in range(width):
-                x[n, w] += bias[g, w]
                 out[n, w] = max(x[n, w], zero)
-        if u.shape[0] > 0:
-            for w in range(width):
-                out[n, w] += u[n, w]
 
 
 @_compile
@@ -274,34 +285,38 @@ def activate_backward(
     arriving = np.empty(width, x.dtype)
     for n in range(rows):
         g = n // per_bias
-        if blocked.shape[0] > 0:
-            for w in range(width):
-                arriving[w] = gradient[n, w] - blocked[n, w]
-        else:
-            for w in range(width):
-                arriving[w] = gradient[n, w]
         if scale.shape[0] > 0:
             c = n // per_scale
+            if blocked.shape[0] > 0:
+                for w in range(width):
+                    passes = x[n, w] * scale[c, w] + shift[c, w] > zero
+                    arriving[w] = gradient[n, w] - blocked[n, w] if passes else zero
+            else:
+                for w in range(width):
+                    passes = x[n, w] * scale[c, w] + shift[c, w] > zero
+                    arriving[w] = gradient[n, w] if passes else zero
+            for w in range(width):
+                g_scale[c, w] += arriving[w] * x[n, w]
+                g_shift[c, w] += arriving[w]
             mean = along = zero
             for w in range(width):
-                value = arriving[w] if x[n, w] * scale[c, w] + shift[c, w] > zero else zero
-                g_scale[c, w] += value * x[n, w]
-                g_shift[c, w] += value
-                arriving[w] = value * scale[c, w]
-            for w in range(width):
-                mean += arriving[w]
-                along += arriving[w] * x[n, w]
+                value = arriving[w] * scale[c, w]
+                mean += value
+                along += value * x[n, w]
             mean *= part
             along *= part
             for w in range(width):
-                value = inverse[n] * (arriving[w] - mean - x[n, w] * along)
-                g_bias[g, w] += value
-                out[n, w] = value
+                value = arriving[w] * scale[c, w]
+                arriving[w] = inverse[n] * (value - mean - x[n, w] * along)
+        elif blocked.shape[0] > 0:
+            for w in range(width):
+                arriving[w] = gradient[n, w] - blocked[n, w] if x[n, w] > zero else zero
         else:
             for w in range(width):
-                value = arriving[w] if x[n, w] > zero else zero
-                g_bias[g, w] += value
-                out[n, w] = value
+                arriving[w] = gradient[n, w] if x[n, w] > zero else zero
+        for w in range(width):
+            g_bias[g, w] += arriving[w]
+            out[n, w] = arriving[w]
 
 
 @_compile

@@ -210,13 +210,13 @@ class _Rectified(torch.autograd.Function):
     ) -> Tensor:
         pre = torch.bmm(x, weight)
         rows, normed = pre.flatten(0, 1), scale is not None
+        absent = pre.new_empty(0, 0)
         y = torch.empty_like(pre) if normed else pre
         inverse = pre.new_empty(len(rows) if normed else 0)
-        absent = pre.new_empty(0, 0)
         scales, shifts = (absent if p is None else p.detach() for p in (scale, shift))
         activate(
             rows.numpy(), bias.detach().numpy(), scales.numpy(), shifts.numpy(), absent.numpy(),
-            inverse.numpy(), y.flatten(0, 1).numpy(),
+            inverse.numpy(), (y.flatten(0, 1) if normed else absent).numpy(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, pre, inverse, scales, shifts)
         ctx.groups = len(bias)
