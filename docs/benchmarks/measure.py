@@ -1,7 +1,8 @@
 """Measure this machine for docs/benchmarks.md, and put tables and figure of it there.
 
-    python docs/benchmarks/measure.py          about 20 minutes on an idle machine
-    python docs/benchmarks/measure.py show     tables and figure alone, of the numbers beside this
+    python docs/benchmarks/measure.py              about 20 minutes on an idle machine
+    python docs/benchmarks/measure.py paper cpu    these parts again
+    python docs/benchmarks/measure.py show         tables and figure of the numbers beside this
 
 Every part is what `bench speed` measures; algorithms that are compared take turns in one process.
 """
@@ -63,16 +64,18 @@ PARTS: dict[str, Callable[[], Rows]] = {
 }
 
 
-def measure() -> None:
-    """All parts into ``measured.json``, one after the other."""
-    found: dict[str, Any] = {
+def measure(parts: Sequence[str]) -> None:
+    """Parts into ``measured.json``, one after the other."""
+    to = HERE / "measured.json"
+    found: dict[str, Any] = json.loads(to.read_text()) if to.exists() else {}
+    found |= {
         "hardware": machine.hardware("cpu"), "versions": machine.versions(),
         "commit": machine.git_commit(),
     }  # fmt: skip
-    for name, part in PARTS.items():
+    for name in parts:
         print(name, flush=True)
-        found[name] = part()
-        (HERE / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
+        found[name] = PARTS[name]()
+        to.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def of_paper(found: dict[str, Rows]) -> Rows:
@@ -102,7 +105,7 @@ def of_sizes(found: dict[str, Rows]) -> Rows:
     return [
         {"algorithm": f"`{rows[0]['algorithm']}`"}
         | {
-            words: f"{row['update_ms']:.3g} ({row['ratio']:.2f})"
+            words: f"{row['update_ms']:,.{0 if row['update_ms'] > 99 else 1}f} ({row['ratio']:.2f})"
             for words, row in zip(parts.values(), rows, strict=True)
         }
         for rows in zip(*(found[part] for part in parts), strict=True)
@@ -162,11 +165,10 @@ def with_tables(text: str, found: dict[str, Rows]) -> str:
 
 
 def drawn(found: dict[str, Rows]) -> Figure:
-    """A panel for each part that is there."""
-    there = [part for part in PANELS if part in found]
+    """A panel for each of `PANELS`."""
     with mpl.rc_context(STYLE):
-        made = new_figure(2.5)
-        for axes, part in zip(made.subplots(1, len(there)), there, strict=True):
+        made = new_figure(4.6)
+        for axes, part in zip(made.subplots(2, 2).flat, PANELS, strict=True):
             PANELS[part](axes, found[part])
         lines = [
             Line2D([], [], color=LOOKS[label].colour, marker="o", markersize=3, label=label)
@@ -213,7 +215,7 @@ def of_stages(axes: Axes, rows: Rows) -> None:
     curve(axes, points, LOOKS["mega"].colour)
     axes.axhline(1, color=LOOKS["mt_sac"].colour, linewidth=1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("stage of every task (MT10, paper)")
+    axes.set_xlabel("stage of every task (MT10, paper preset)")
     axes.set_ylabel("update, MT-SAC = 1")
 
 
@@ -241,5 +243,5 @@ def curve(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["show"]:
-        measure()
+        measure(sys.argv[1:] or list(PARTS))
     show()
