@@ -10,10 +10,10 @@ Symbols: N = C R rows of all C copies together, M modules, K sources per destina
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
 view of each row would cost more than its arithmetic. An optional array is absent when it is empty.
 
-The compiler guards a vectorised loop by checks that what it writes overlaps with nothing else; with
-too many arrays in one loop it gives up, and arrays that are one take the slow way. Hence short loops
-of few arrays. A loop that sums writes to no array but the one it reads: otherwise that check, which
-neighbours can fail, would choose the order of the sum, and its last bit would depend on where
+The compiler guards a vectorised loop by checks that what it writes overlaps with nothing else. With
+too many arrays in one loop it gives up, and arrays that are one take the slow way: hence short
+loops of few arrays. A loop that sums writes to no array but the one it reads, otherwise that check,
+which neighbours can fail, would choose the order of the sum, and its last bit would depend on where
 memory was free.
 """
 
@@ -440,15 +440,20 @@ def mix_orthonormal_backward(
 
 
 @_compile
-def blend(p: Array, o: Array, rectify: bool, out: Array) -> None:
-    """out_i = sum_j p_ij o_j of each row, with a ReLU after it if ``rectify``.
+def blend(p: Array, o: Array, bias: Array, rectify: bool, out: Array) -> None:
+    """out_i = sum_j p_ij (o_j + b_j) of each row, with a ReLU after it if ``rectify``.
 
-    ``p`` (C, N, I, J), ``o`` (C, J, N, d), ``out`` (C, I, N, d).
+    ``p`` (C, N, I, J), ``o`` (C, J, N, d), left with the bias (C, J, d, optional) added, ``out``
+    (C, I, N, d).
     """
     copies, rows, most, sources = p.shape
     width, zero = o.shape[3], o.dtype.type(0)
     for c in range(copies):
         for n in range(rows):
+            if bias.shape[0] > 0:
+                for j in range(sources):
+                    for w in range(width):
+                        o[c, j, n, w] += bias[c, j, w]
             for i in range(most):
                 for j in range(sources):
                     share = p[c, n, i, j]
@@ -465,18 +470,22 @@ def blend(p: Array, o: Array, rectify: bool, out: Array) -> None:
 
 @_compile
 def blend_backward(
-    gradient: Array, p: Array, o: Array, rectify: bool, out: Array, of_p: Array, of_o: Array
-) -> None:
-    """Gradients of `blend`: <g_i, o_j> for p_ij, sum_i p_ij g_i for o_j."""
+    gradient: Array, p: Array, o: Array, rectify: bool, out: Array, of_p: Array, of_o: Array,
+    g_bias: Array,
+) -> None:  # fmt: skip
+    """Gradients of `blend`: <g_i, o_j> for p_ij, sum_i p_ij g_i for o_j, added up for b_j."""
     copies, rows, most, sources = p.shape
     width, zero = o.shape[3], o.dtype.type(0)
     g = np.empty((most, width), o.dtype)
     for c in range(copies):
         for n in range(rows):
             for i in range(most):
-                for w in range(width):
-                    passes = not rectify or out[c, i, n, w] > zero
-                    g[i, w] = gradient[c, i, n, w] if passes else zero
+                if rectify:
+                    for w in range(width):
+                        g[i, w] = gradient[c, i, n, w] if out[c, i, n, w] > zero else zero
+                else:
+                    for w in range(width):
+                        g[i, w] = gradient[c, i, n, w]
             for j in range(sources):
                 for i in range(most):
                     share, inner = p[c, n, i, j], zero
@@ -489,3 +498,74 @@ def blend_backward(
                     else:
                         for w in range(width):
                             of_o[c, j, n, w] += share * g[i, w]
+                if g_bias.shape[0] > 0:
+                    for w in range(width):
+                        g_bias[c, j, w] += of_o[c, j, n, w]
+
+
+@_compile
+def gate(pre: Array, bias: Array, f: Array, out: Array) -> None:
+    """out = ReLU(f (pre + b)), all (N, d); ``bias`` (G, d) serves N / G rows in a row.
+
+    ``pre`` is left with the bias added.
+    """
+    rows, width = pre.shape
+    each, zero = rows // bias.shape[0], pre.dtype.type(0)
+    for n in range(rows):
+        g = n // each
+        for w in range(width):
+            pre[n, w] += bias[g, w]
+            out[n, w] = max(pre[n, w] * f[n, w], zero)
+
+
+@_compile
+def gate_backward(
+    gradient: Array, pre: Array, f: Array, of_pre: Array, of_f: Array, g_bias: Array
+) -> None:
+    """Gradients of `gate`; that of the bias (G, d) is added to."""
+    rows, width = pre.shape
+    each, zero = rows // g_bias.shape[0], pre.dtype.type(0)
+    for n in range(rows):
+        g = n // each
+        for w in range(width):
+            arriving = gradient[n, w] if pre[n, w] * f[n, w] > zero else zero
+            of_pre[n, w] = arriving * f[n, w]
+            of_f[n, w] = arriving * pre[n, w]
+        for w in range(width):
+            g_bias[g, w] += of_pre[n, w]
+
+
+@_compile
+def less_largest(z: Array, out: Array) -> None:
+    """Each number less the largest of its row, both (N, n)."""
+    rows, width = z.shape
+    for n in range(rows):
+        largest = z[n, 0]
+        for w in range(1, width):
+            largest = max(largest, z[n, w])
+        for w in range(width):
+            out[n, w] = z[n, w] - largest
+
+
+@_compile
+def normalise(p: Array) -> None:
+    """Divide each row of ``p`` (N, n) by its sum."""
+    rows, width = p.shape
+    for n in range(rows):
+        total = p.dtype.type(0)
+        for w in range(width):
+            total += p[n, w]
+        for w in range(width):
+            p[n, w] /= total
+
+
+@_compile
+def softmax_backward(gradient: Array, p: Array, out: Array) -> None:
+    """p_w (g_w - sum_v p_v g_v) of each row, all (N, n)."""
+    rows, width = p.shape
+    for n in range(rows):
+        mean = p.dtype.type(0)
+        for w in range(width):
+            mean += p[n, w] * gradient[n, w]
+        for w in range(width):
+            out[n, w] = p[n, w] * (gradient[n, w] - mean)

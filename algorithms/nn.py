@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from algorithms.kernels import activate, activate_backward, blend, blend_backward
+from algorithms.kernels import (
+    activate,
+    activate_backward,
+    blend,
+    blend_backward,
+    gate,
+    gate_backward,
+    less_largest,
+    normalise,
+    softmax_backward,
+)
 
 Init = Literal["authors", "torch"]
 
@@ -109,11 +119,19 @@ class ModuleLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, M or 1, ..., inputs) -> (C, M, ..., outputs); with a one-hot, ... is T, B."""
+        y = self.product(x, self.bias)
+        return y if self.task_bias is None else y + self.task_bias
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x_m W_m, plus a bias (C, M, 1, outputs) where there is one; shapes as of `forward`."""
         copies, modules, _, outputs = self.weight.shape
         rows = x.flatten(2, -2).expand(copies, modules, -1, -1).flatten(0, 1)  # (C M, R, inputs)
-        y = torch.baddbmm(self.bias.flatten(0, 1), rows, self.weight.flatten(0, 1))
-        y = y.view(copies, modules, *x.shape[2:-1], outputs)
-        return y if self.task_bias is None else y + self.task_bias
+        weight = self.weight.flatten(0, 1)
+        y = (
+            torch.bmm(rows, weight) if bias is None
+            else torch.baddbmm(bias.flatten(0, 1), rows, weight)
+        )  # fmt: skip
+        return y.view(copies, modules, *x.shape[2:-1], outputs)
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
         """Draw each module's parameters as those of a layer of its own."""
@@ -245,11 +263,19 @@ class _Rectified(torch.autograd.Function):
         )
 
 
-def blended(weights: Tensor, outputs: Tensor, *, rectify: bool = False) -> Tensor:
-    """sum_j p_ij o_j: (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d), or its ReLU."""
+def blended(
+    weights: Tensor, outputs: Tensor, bias: Tensor | None = None, *, rectify: bool = False
+) -> Tensor:
+    """sum_j p_ij (o_j + b_j): (C, T, B, i, j) and (C, j, T, B, d) -> (C, i, T, B, d), or its ReLU.
+
+    ``bias`` (C, j, 1, d): of `ModuleLinear.product`, whose result ``outputs`` is and then belongs
+    to this function alone.
+    """
     if compiled(outputs):
-        mixed: Tensor = _Blended.apply(weights, outputs, rectify)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _Blended.apply(weights, outputs, bias, rectify)  # type: ignore[no-untyped-call]
         return mixed
+    if bias is not None:
+        outputs = outputs + bias[:, :, None]
     mixed = torch.matmul(weights, outputs.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
     return mixed.relu() if rectify else mixed
 
@@ -258,30 +284,97 @@ class _Blended(torch.autograd.Function):
     """`blended` in one compiled pass: small products for each row cost more than their sums."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, outputs: Tensor, rectify: bool) -> Tensor:
+    def forward(
+        ctx: Any, weights: Tensor, outputs: Tensor, bias: Tensor | None, rectify: bool
+    ) -> Tensor:
         p, o = weights.contiguous().flatten(1, 2), outputs.contiguous().flatten(2, 3)
         mixed = o.new_empty(len(o), p.shape[2], *o.shape[2:])
-        blend(p.numpy(), o.numpy(), rectify, mixed.numpy())
+        biases = o.new_empty(0, 0, 0) if bias is None else bias.detach()[:, :, 0]
+        blend(p.numpy(), o.numpy(), biases.numpy(), rectify, mixed.numpy())
         result = mixed.view(*mixed.shape[:2], *outputs.shape[2:])
         ctx.save_for_backward(p, o, result)
-        ctx.rectify = rectify
+        ctx.rectify, ctx.biased = rectify, bias is not None
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, o, result = ctx.saved_tensors
         of_p, of_o = torch.empty_like(p), torch.empty_like(o)
+        wanted = ctx.biased and ctx.needs_input_grad[2]
+        g_bias = o.new_zeros(*o.shape[:2], o.shape[3]) if wanted else o.new_empty(0, 0, 0)
         blend_backward(
             gradient.contiguous().flatten(2, 3).numpy(), p.numpy(), o.numpy(), ctx.rectify,
-            result.flatten(2, 3).numpy(), of_p.numpy(), of_o.numpy(),
+            result.flatten(2, 3).numpy(), of_p.numpy(), of_o.numpy(), g_bias.numpy(),
         )  # fmt: skip
         tasks_rows = gradient.shape[2:4]
         return (
             of_p.view(len(p), *tasks_rows, *p.shape[2:]),
             of_o.view(*o.shape[:2], *tasks_rows, o.shape[3]),
+            g_bias[:, :, None] if wanted else None,
             None,
         )
+
+
+def gated(features: Tensor, linear: Linear, x: Tensor) -> Tensor:
+    """ReLU(f * linear(x)): (C, T, B, d) and (C, T, B, inputs) -> (C, T, B, d)."""
+    if not compiled(x):
+        gated_: Tensor = (features * linear(x)).relu_()
+        return gated_
+    product = torch.bmm(x.flatten(1, 2), linear.weight)
+    rows: Tensor = _Gated.apply(features.flatten(1, 2), product, linear.bias)  # type: ignore[no-untyped-call]
+    return rows.view_as(features)
+
+
+class _Gated(torch.autograd.Function):
+    """ReLU(f (product + b)) of rows (C, R, d) in one compiled pass; ``product`` is used up."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, product: Tensor, bias: Tensor) -> Tensor:
+        f, out = features.contiguous(), torch.empty_like(product)
+        gate(*(t.detach().flatten(0, 1).numpy() for t in (product, bias, f, out)))
+        ctx.save_for_backward(product, f)
+        ctx.groups = len(bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        pre, f = ctx.saved_tensors
+        of_pre, of_f = torch.empty_like(pre), torch.empty_like(f)
+        g_bias = pre.new_zeros(ctx.groups, 1, pre.shape[-1])
+        arrays = (gradient.contiguous(), pre, f, of_pre, of_f, g_bias)
+        gate_backward(*(t.flatten(0, 1).numpy() for t in arrays))
+        return of_f, of_pre, g_bias
+
+
+def short_softmax(z: Tensor) -> Tensor:
+    """Softmax over the last axis, for one of a few entries."""
+    if not compiled(z):
+        return torch.softmax(z, -1)
+    p: Tensor = _ShortSoftmax.apply(z)  # type: ignore[no-untyped-call]
+    return p
+
+
+class _ShortSoftmax(torch.autograd.Function):
+    """`short_softmax`, compiled but for the exponential."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        z, p = z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
+        less_largest(z.flatten(0, -2).numpy(), p.flatten(0, -2).numpy())
+        p.exp_()
+        normalise(p.flatten(0, -2).numpy())
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        of_z = torch.empty_like(p)
+        softmax_backward(*(t.flatten(0, -2).numpy() for t in (gradient.contiguous(), p, of_z)))
+        return of_z
 
 
 class Scratch:

@@ -26,14 +26,14 @@ The one-hot task id enters h alone. Actor and critics have a routing network eac
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from algorithms.nn import LayerNorm, Linear, ModuleLinear, blended
+from algorithms.nn import LayerNorm, Linear, ModuleLinear, blended, gated, short_softmax
 from algorithms.routing import TaskEncoder, encoder
 from algorithms.sac import SAC, SACConfig
 
@@ -167,38 +167,40 @@ class SoftModuleNetwork(nn.Module):
         for condition, layer in zip(self.conditions, self.logits[1:], strict=True):
             code = self.reading == "code"
             before = torch.cat([w.flatten(-2) for w in weights], -1) if code else logits[-1]
-            logits.append(layer((features * condition(before)).relu_()))
+            logits.append(layer(gated(features, cast(Linear, condition), before)))
             weights.append(_rows(logits[-1], n))
         if self.reading == "paper":
             return weights, None
         before = torch.cat([w.flatten(-2) for w in weights], -1)
-        output = self.output_logits((features * self.output_condition(before)).relu_())
-        return weights, torch.softmax(output, -1)
+        output = self.output_logits(gated(features, self.output_condition, before))
+        return weights, short_softmax(output)
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
         state = self.state_encoder(x)
         weights, q = self.route(state)
-        code = q is not None
-        o = self.stack[0]((state.relu() if code else state)[:, None])  # (C, n, T, B, d)
-        for layer, (module, p) in enumerate(zip(self.stack[1:], weights, strict=True)):
-            norm = self.norms[layer] if len(self.norms) else None
-            if not code:
-                o = module(blended(p, (o if norm is None else norm(o)).relu()))
-            elif norm is None:
-                o = module(blended(p, o, rectify=True))
-            else:
-                o = module(norm(blended(p, o)).relu())
         if q is None:
-            output: Tensor = o.sum(1)
-        else:
-            mixed = blended(q[..., None, :], o, rectify=not len(self.norms))[:, 0]
-            if len(self.norms):
-                mixed = self.norms[-1](mixed).relu()
-            output = self.head(mixed)
+            return self._as_printed(state, weights)
+        normed = len(self.norms) > 0
+        x = state.relu()[:, None]  # what each module of a layer reads, (C, 1 or n, T, B, ...)
+        for layer, p in enumerate([*weights, q[..., None, :]]):
+            module = cast(ModuleLinear, self.stack[layer])
+            x = blended(p, module.product(x), module.bias, rectify=not normed)
+            if normed:
+                x = self.norms[layer](x).relu()
+        output: Tensor = self.head(x[:, 0])
         return output
+
+    def _as_printed(self, state: Tensor, weights: list[Tensor]) -> Tensor:
+        """Eq. 8 and 9."""
+        o: Tensor = self.stack[0](state[:, None])  # (C, n, T, B, d)
+        for layer, (module, p) in enumerate(zip(self.stack[1:], weights, strict=True)):
+            if len(self.norms):
+                o = self.norms[layer](o)
+            o = module(blended(p, o.relu()))
+        return o.sum(1)
 
 
 def _rows(logits: Tensor, modules: int) -> Tensor:
     """Eq. 7: (..., n n) -> (..., n, n), each row a softmax over its sources."""
-    return torch.softmax(logits.view(*logits.shape[:-1], modules, modules), -1)
+    return short_softmax(logits.view(*logits.shape[:-1], modules, modules))

@@ -261,19 +261,46 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
 
 
 @pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("destinations", [1, 3])
 def test_the_compiled_blend_is_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, destinations: int, rectify: bool
+    monkeypatch: pytest.MonkeyPatch, destinations: int, biased: bool, rectify: bool
 ) -> None:
     g = torch.Generator().manual_seed(0)
     p = torch.randn(2, 3, 4, destinations, 5, generator=g).double().requires_grad_()
     o = torch.randn(2, 5, 3, 4, 6, generator=g).double().requires_grad_()
+    bias = torch.randn(2, 5, 1, 6, generator=g).double().requires_grad_() if biased else None
     weight = torch.randn(2, destinations, 3, 4, 6, generator=g).double()
+    wanted = [p, o] if bias is None else [p, o, bias]
     found = []
     for compiled in (True, False):
         monkeypatch.setattr(nn_parts, "COMPILED", compiled)
-        mixed = nn_parts.blended(p, o, rectify=rectify)
-        found.append([mixed, *torch.autograd.grad((mixed * weight).sum(), [p, o])])
+        mixed = nn_parts.blended(p, o.clone(), bias, rectify=rectify)
+        found.append([mixed, *torch.autograd.grad((mixed * weight).sum(), wanted)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("reading", ["code", "paper"])
+def test_the_compiled_soft_module_is_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, reading: Any, layer_norm: bool
+) -> None:
+    """Values and gradients of every parameter and of the input."""
+    net = drawn(
+        SoftModuleNetwork(
+            6, 4, 3, copies=2, width=7, layers=3, modules=2, module_width=5, router_width=6,
+            reading=reading, layer_norm=layer_norm,
+        )
+    )  # fmt: skip
+    x = torch.randn(1, 3, 4, 6, dtype=torch.float64).requires_grad_()
+    trained = [x, *net.parameters()]
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
+        output = net(x)
+        weight = torch.arange(1.0, 1 + output.numel()).double().view_as(output).sin()
+        found.append([output, *torch.autograd.grad((output * weight).sum(), trained)])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
 

@@ -58,13 +58,26 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    np.abs(normal(1, 3, 2)), zeros(1, 3, 2, d), zeros(1, 1, 3)],
     ),
     "blend": (
-        lambda p, o, out: kernels.blend(p, o, True, out),
-        lambda d: [normal(1, 2, 2, 3), normal(1, 3, 2, d), zeros(1, 2, 2, d)],
+        lambda p, o, bias, out: kernels.blend(p, o, bias, True, out),
+        lambda d: [normal(1, 2, 2, 3), normal(1, 3, 2, d), normal(1, 3, d), zeros(1, 2, 2, d)],
     ),
     "blend_backward": (
         lambda g, p, o, out, *of: kernels.blend_backward(g, p, o, True, out, *of),
         lambda d: [normal(1, 2, 2, d), normal(1, 2, 2, 3), normal(1, 3, 2, d), normal(1, 2, 2, d),
-                   zeros(1, 2, 2, 3), zeros(1, 3, 2, d)],
+                   zeros(1, 2, 2, 3), zeros(1, 3, 2, d), zeros(1, 3, d)],
+    ),
+    "gate": (
+        kernels.gate, lambda d: [normal(2, d), normal(1, d), normal(2, d), zeros(2, d)],
+    ),
+    "gate_backward": (
+        kernels.gate_backward,
+        lambda d: [normal(2, d), normal(2, d), normal(2, d), zeros(2, d), zeros(2, d),
+                   normal(1, d)],
+    ),
+    "less_largest": (kernels.less_largest, lambda d: [normal(2, d), zeros(2, d)]),
+    "normalise": (kernels.normalise, lambda d: [np.abs(normal(2, d))]),
+    "softmax_backward": (
+        kernels.softmax_backward, lambda d: [normal(2, d), np.abs(normal(2, d)), zeros(2, d)],
     ),
     "weigh_backward": (
         lambda g, places, powers, *a: kernels.weigh_backward(g, places, powers, False, *a),
