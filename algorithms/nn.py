@@ -198,24 +198,20 @@ class Layers(nn.Sequential):
 
 def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None) -> Tensor:
     """ReLU(LayerNorm(linear(x))), without LayerNorm if there is none."""
-    weight = linear.weight.flatten(0, -3)  # (G, inputs, outputs): copies, or copies and modules
-    kept = linear.weight.dim() - 2  # axes of these
-    lead = [max(a, b) for a, b in zip(x.shape, linear.weight.shape[:kept], strict=False)]
-    rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
     bias: Tensor = linear.bias
     if linear.task_bias is not None:
         each = bias.dim() == linear.task_bias.dim()  # a copy for each task, as in `Linear`
         bias = (bias if each else bias.unsqueeze(-3)) + linear.task_bias
-    y: Tensor = _Rectified.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias.flatten(0, -2),
-        None if norm is None else norm.scale.flatten(0, 2),
-        None if norm is None else norm.shift.flatten(0, 2),
-    )  # fmt: skip
-    return y.view(*lead, *x.shape[kept:-1], -1)
+    scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
+    y: Tensor = _Rectified.apply(x, linear.weight, bias, scale, shift)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Rectified(torch.autograd.Function):
-    """ReLU(LayerNorm(x W + b)) of rows (G, R, inputs), its arithmetic in one compiled pass."""
+    """ReLU(LayerNorm(x W + b)), its arithmetic in one compiled pass.
+
+    Parameters come and go in their own shapes, since each view of one would be a node of the graph.
+    """
 
     @staticmethod
     def forward(
@@ -226,40 +222,47 @@ class _Rectified(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        pre = torch.bmm(x, weight)
-        rows, normed = pre.flatten(0, 1), scale is not None
+        kept = weight.dim() - 2  # axes of copies, or of copies and modules, G of them
+        lead = [max(a, b) for a, b in zip(x.shape, weight.shape[:kept], strict=False)]
+        rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
+        pre = torch.bmm(rows, weight.flatten(0, -3))
         absent = pre.new_empty(0, 0)
-        y = torch.empty_like(pre) if normed else pre
-        inverse = pre.new_empty(len(rows) if normed else 0)
-        scales, shifts = (absent if p is None else p.detach() for p in (scale, shift))
+        y, inverse, scales, shifts = pre[:0], pre.new_empty(0), absent, absent
+        if scale is not None and shift is not None:
+            y, inverse = torch.empty_like(pre), pre.new_empty(pre.shape[0] * pre.shape[1])
+            scales, shifts = scale.flatten(0, -2), shift.flatten(0, -2)
         activate(
-            rows.numpy(), bias.detach().numpy(), scales.numpy(), shifts.numpy(), absent.numpy(),
-            inverse.numpy(), (y.flatten(0, 1) if normed else absent).numpy(),
+            pre.flatten(0, 1).numpy(), bias.flatten(0, -2).numpy(), scales.numpy(), shifts.numpy(),
+            absent.numpy(), inverse.numpy(), y.flatten(0, 1).numpy(),
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, pre, inverse, scales, shifts)
-        ctx.groups = len(bias)
-        return y
+        ctx.save_for_backward(rows, weight, pre, inverse, scales, shifts)
+        ctx.shapes, ctx.lead = (x.shape, bias.shape, None if scale is None else scale.shape), lead
+        return (pre if scale is None else y).view(*lead, *x.shape[kept:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, pre, inverse, scale, shift = ctx.saved_tensors
-        g_pre = torch.empty_like(pre)
-        of_bias, of_scale, of_shift = (
-            pre.new_zeros(count, pre.shape[-1]) for count in (ctx.groups, len(scale), len(scale))
-        )
+        rows, weight, pre, inverse, scales, shifts = ctx.saved_tensors
+        of_x, of_bias, of_scale = ctx.shapes
+        g_pre, width = torch.empty_like(pre), pre.shape[-1]
+        g_bias = pre.new_zeros(of_bias)
+        g_scale, g_shift = (pre.new_zeros(scales.shape) for _ in range(2))
         activate_backward(
-            gradient.contiguous().flatten(0, 1).numpy(), pre.new_empty(0, 0).numpy(),
-            pre.flatten(0, 1).numpy(), scale.numpy(), shift.numpy(), inverse.numpy(),
-            g_pre.flatten(0, 1).numpy(), of_bias.numpy(), of_scale.numpy(), of_shift.numpy(),
+            gradient.contiguous().view(-1, width).numpy(), pre.new_empty(0, 0).numpy(),
+            pre.flatten(0, 1).numpy(), scales.numpy(), shifts.numpy(), inverse.numpy(),
+            g_pre.flatten(0, 1).numpy(), g_bias.view(-1, width).numpy(), g_scale.numpy(),
+            g_shift.numpy(),
         )  # fmt: skip
-        wanted = ctx.needs_input_grad
+        wanted, g_x = ctx.needs_input_grad, None
+        if wanted[0]:  # summed over the copies and modules that read the same input
+            g_rows = torch.bmm(g_pre, weight.flatten(0, -3).mT)
+            g_x = g_rows.view(*ctx.lead, *of_x[len(ctx.lead) :]).sum_to_size(of_x)
         return (
-            torch.bmm(g_pre, weight.mT) if wanted[0] else None,
-            torch.bmm(x.mT, g_pre) if wanted[1] else None,
-            of_bias if wanted[2] else None,
-            of_scale if wanted[3] else None,
-            of_shift if wanted[4] else None,
+            g_x,
+            torch.bmm(rows.mT, g_pre).view(weight.shape) if wanted[1] else None,
+            g_bias if wanted[2] else None,
+            g_scale.view(of_scale) if wanted[3] else None,
+            g_shift.view(of_scale) if wanted[4] else None,
         )
 
 
@@ -319,8 +322,8 @@ class _Blended(torch.autograd.Function):
 def gated(features: Tensor, linear: Linear, x: Tensor) -> Tensor:
     """ReLU(f * linear(x)): (C, T, B, d) and (C, T, B, inputs) -> (C, T, B, d)."""
     if not compiled(x):
-        gated_: Tensor = (features * linear(x)).relu_()
-        return gated_
+        plain: Tensor = (features * linear(x)).relu_()
+        return plain
     product = torch.bmm(x.flatten(1, 2), linear.weight)
     rows: Tensor = _Gated.apply(features.flatten(1, 2), product, linear.bias)  # type: ignore[no-untyped-call]
     return rows.view_as(features)
