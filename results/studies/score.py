@@ -3,9 +3,10 @@
     python results/studies/score.py results/studies/mega_readings
 
 A run's score is the success rate of its training episodes from first to last, averaged over tasks:
-many more episodes than a final evaluation, and it counts learning early. For each label: its
-score per seed, the mean, the difference of the mean from the plain algorithm's with its standard
-error and 95 % interval (Welch), and the final evaluation. Runs that are not finished are left out.
+many more episodes than a final evaluation, and it counts learning early. For each label: its score
+per seed, the mean, the mean difference from the plain algorithm on the same seeds (a good seed is
+good for most variants) with its standard error and 95 % interval (paired t), and the final
+evaluation. Runs that are not finished are left out.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from bench import frames
-from reports import stats
 
 
 def scores(out: Path) -> pd.DataFrame:
@@ -40,24 +41,23 @@ def scores(out: Path) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame) -> str:
     """Markdown, the best mean score first."""
+    by_seed = rows.pivot_table(index="seed", columns="label", values="score")
+    final = rows.groupby("label")["final"].mean()
     lines = [
         "| variant | score per seed | mean | difference | its SE | 95 % interval | final |",
         "|---|---|---|---|---|---|---|",
     ]
-    means = rows.groupby("label")["score"].mean().sort_values(ascending=False)
-    for label in map(str, means.index):
-        mine = rows[rows["label"] == label].sort_values("seed")
-        plain = rows[rows["label"] == label.partition("@")[0]]
-        score, base = mine["score"].to_numpy(), plain["score"].to_numpy()
-        seeds = ", ".join(f"{value:.2f}" for value in score)
-        apart = "| | |"
-        if "@" in label and min(len(score), len(base)) > 1:
-            gap = stats.welch(score, base).estimate
-            error = np.sqrt(score.var(ddof=1) / len(score) + base.var(ddof=1) / len(base))
-            apart = f"{gap.value:+.3f} | {error:.3f} | [{gap.low:+.2f}, {gap.high:+.2f}]"
-        lines.append(
-            f"| `{label}` | {seeds} | {score.mean():.3f} | {apart} | {mine['final'].mean():.2f} |"
-        )
+    for label in by_seed.mean().sort_values(ascending=False).index:
+        score, plain = by_seed[label].dropna(), label.partition("@")[0]
+        cells = [f"`{label}`", ", ".join(f"{v:.2f}" for v in score), f"{score.mean():.3f}"]
+        gap = (score - by_seed.get(plain, np.nan)).dropna()
+        if label != plain and len(gap) > 1:
+            mean, error = gap.mean(), gap.sem()
+            half = error * stats.t.ppf(0.975, len(gap) - 1)
+            cells += [f"{mean:+.3f}", f"{error:.3f}", f"[{mean - half:+.2f}, {mean + half:+.2f}]"]
+        else:
+            cells += [""] * 3
+        lines.append("| " + " | ".join([*cells, f"{final[label]:.2f}"]) + " |")
     return "\n".join(lines)
 
 
