@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import typer
 from test_cli import bench
 
+import algorithms
 from bench.cli import app
 from bench.launch import launcher_options
 from bench.spec import parse_overrides, parse_seeds
@@ -99,3 +101,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "algorithms" / "index.html").exists()
+
+
+def test_the_benchmark_page_shows_what_was_measured() -> None:
+    path = ROOT / "docs" / "benchmarks" / "measure.py"
+    spec = importlib.util.spec_from_file_location("measure", path)
+    assert spec is not None
+    assert spec.loader is not None
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    found = json.loads(path.with_name("measured.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    assert measure.with_tables(page, found) == page
+    assert {row["algorithm"] for row in found["paper"]} >= set(algorithms.names())
+    assert all(panel.get_xlabel() for panel in measure.drawn(found).axes)
