@@ -15,6 +15,7 @@ writes the page (``examples/report.ipynb`` shows more). Knows nothing of algorit
 torch: a table or figure is one registered function of frames.
 """
 
+from reports.comparing import comparisons
 from reports.export import EXPORTS, export
 from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
 from reports.frames import (
@@ -27,7 +28,8 @@ from reports.frames import (
 )
 from reports.html import build
 from reports.imported import read_curves
-from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, Table, comparisons, summary
+from reports.running import summary
+from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, Table
 
 __all__ = [
     "ABLATION_FIGURES",

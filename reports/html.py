@@ -15,20 +15,14 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from reports.comparing import comparisons
 from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
 from reports.frames import Results, Section, published, sections, slug, text
 from reports.making import FORMATS, Job, Shown, cores, data_uri, do_all, produce
 from reports.registry import Source
-from reports.tables import (
-    ABLATION_TABLES,
-    OVERVIEWS,
-    TABLES,
-    Table,
-    comparisons,
-    last_line,
-    run_table,
-    setting_warnings,
-)
+from reports.running import last_line, run_table
+from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, Table
+from reports.tabling import setting_warnings
 
 MANIFEST = "report.json"
 MANY_RUNS = 100

@@ -21,11 +21,13 @@ from rich.console import Console
 
 import algorithms
 from reports import Results, build, published, stats, summary
+from reports.comparing import comparisons
 from reports.drawing import bold_line, figure, looks
 from reports.figures import ABLATION_FIGURES, FIGURES
 from reports.frames import MissingError, sections
 from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
-from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES, comparisons, setting_warnings, table
+from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES
+from reports.tabling import setting_warnings, table
 from reports.writers import to_latex, to_markdown
 
 
