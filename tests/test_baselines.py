@@ -260,6 +260,20 @@ def test_moore_is_its_equations(orthogonal: bool) -> None:
                 torch.testing.assert_close(found[c, t, b], affine(net.head, v, c, t))
 
 
+def assert_compiled_is_plain(
+    monkeypatch: pytest.MonkeyPatch, net: nn.Module, x: Tensor, trained: list[Tensor]
+) -> None:
+    """Outputs of ``net`` at ``x``, and gradients of a weighted sum of them at ``trained``."""
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
+        output = net(x)
+        weight = torch.arange(1.0, 1 + output.numel()).double().view_as(output).sin()
+        found.append([output, *torch.autograd.grad((output * weight).sum(), trained)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 @pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("destinations", [1, 3])
@@ -295,14 +309,7 @@ def test_the_compiled_soft_module_is_the_plain_one(
     )  # fmt: skip
     x = torch.randn(1, 3, 4, 6, dtype=torch.float64).requires_grad_()
     trained = [x, *net.parameters()]
-    found = []
-    for compiled in (True, False):
-        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
-        output = net(x)
-        weight = torch.arange(1.0, 1 + output.numel()).double().view_as(output).sin()
-        found.append([output, *torch.autograd.grad((output * weight).sum(), trained)])
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain)
+    assert_compiled_is_plain(monkeypatch, net, x, trained)
 
 
 def test_moores_compiled_mixture_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,14 +318,7 @@ def test_moores_compiled_mixture_is_the_plain_one(monkeypatch: pytest.MonkeyPatc
     net = drawn(OrthogonalMixture(6, 5, 2, 4, 3, 4, copies=2))
     x = torch.randn(1, 3, 4, 6, dtype=torch.float64, generator=g).requires_grad_()
     trained = [x, *net.parameters()]
-    found = []
-    for compiled in (True, False):
-        monkeypatch.setattr(nn_parts, "COMPILED", compiled)
-        output = net(x)
-        weight = torch.arange(1.0, 1 + output.numel()).double().view_as(output).sin()
-        found.append([output, *torch.autograd.grad((output * weight).sum(), trained)])
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain)
+    assert_compiled_is_plain(monkeypatch, net, x, trained)
     with torch.no_grad():  # the second expert is zero
         net.experts[-1].weight[:, 1] = 0
         net.experts[-1].bias[:, 1] = 0
