@@ -20,11 +20,14 @@ memory was free.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 Array = NDArray[Any]
 
@@ -35,11 +38,25 @@ def _compile(function: Callable[..., None]) -> Callable[..., None]:
         # Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
         "error_model": "numpy",
+        "nogil": True,  # blocks of rows may run in several threads
     }
     try:
         return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # neither the package nor the home directory can be written
         return njit(**options)(function)  # type: ignore[no-any-return]
+
+
+@cache
+def products_on_one_thread() -> None:
+    """Keep scipy's BLAS, which serves products in compiled loops, from starting threads of its own.
+
+    These products are small, and the loops around them may run in several threads already.
+    """
+    import scipy.linalg.cython_blas  # noqa: F401  (what is not loaded cannot be told)
+
+    for library in ThreadpoolController().select(prefix="libscipy_openblas").lib_controllers:
+        if "numpy" not in Path(library.filepath).parts[-2]:  # numpy brings one like it
+            library.set_num_threads(1)
 
 
 @_compile
@@ -191,21 +208,23 @@ def weigh_backward(
 @_compile
 def mix(
     m: Array,
+    start: int,
     sources: Array,
     weights: Array,
     u: Array,
 ) -> None:
-    """u = sum_k p_k m_{d_k}: ``u`` (N, d) from ``m`` (M, N, d), by sources and weights (N, K)."""
+    """u = sum_k p_k m_{d_k}: ``u`` (n, d) by sources and weights (n, K) of rows that begin at
+    ``start`` in ``m`` (M, N, d)."""
     rows, width = u.shape
     for n in range(rows):
         for k in range(sources.shape[1]):
             j, p = sources[n, k], weights[n, k]
             if k == 0:
                 for w in range(width):
-                    u[n, w] = p * m[j, n, w]
+                    u[n, w] = p * m[j, start + n, w]
             else:
                 for w in range(width):
-                    u[n, w] += p * m[j, n, w]
+                    u[n, w] += p * m[j, start + n, w]
 
 
 @_compile
@@ -324,6 +343,7 @@ def push(
     a: Array,
     t: Array,
     m: Array,
+    start: int,
     sources: Array,
     weights: Array,
     suitable: Array,
@@ -334,10 +354,10 @@ def push(
 ) -> None:
     """Add one destination's gradient to the sums of its sources, and take that at its weights.
 
-    ``a`` (N, d): the gradient at its input u through its layer; ``t`` that and the shortcut's
-    together. ``whole`` (M, N, d): sums at u_j. ``blocked`` (M, N, d, optional): the part that may
-    not enter the layer of j, where ``suitable`` (N, K, optional) is false; of ``t`` if ``masked``,
-    else of ``a``.
+    Of n rows that begin at ``start`` in ``m`` (M, N, d). ``a`` (n, d): the gradient at its input u
+    through its layer; ``t`` that and the shortcut's together. ``whole`` (M, n, d): sums at u_j.
+    ``blocked`` (M, n, d, optional): the part that may not enter the layer of j, where ``suitable``
+    (n, K, optional) is false; of ``t`` if ``masked``, else of ``a``.
     """
     rows, width = a.shape
     zero = a.dtype.type(0)
@@ -346,7 +366,7 @@ def push(
             j, p = sources[n, k], weights[n, k]
             product = zero
             for w in range(width):
-                product += t[n, w] * m[j, n, w]
+                product += t[n, w] * m[j, start + n, w]
             g_weights[n, k] = product
             for w in range(width):
                 whole[j, n, w] += p * t[n, w]
@@ -357,6 +377,95 @@ def push(
                 else:
                     for w in range(width):
                         blocked[j, n, w] += p * a[n, w]
+
+
+@_compile
+def run_modules(
+    begin: int, end: int, size: int, first: Array, sources: Array, weights: Array, weight: Array,
+    bias: Array, scale: Array, shift: Array, m: Array, u: Array, x: Array, inverse: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    """The routed modules in a row and the head's input, for some blocks of ``size`` rows.
+
+    m^1 = ``first`` (C, R, d); u^i = sum_k p_k m_{d_k}, x^i = u^i W_i, m^i = ReLU(LayerNorm(x^i +
+    b_i)) + u^i; ``out`` (C, R, d) is u of the head. Blocks are counted through all copies, and in
+    one of them all modules run before the next, so that what they read of each other is in a cache.
+    ``sources`` and ``weights`` (M, N, K); parameters (C, M - 1, .., d), ``scale`` and ``shift``
+    with or without their one row. ``m``, ``u``, ``x`` (M, N, d) and ``inverse`` (M, N) are left for
+    the backward pass, unless they have no rows.
+    """
+    _, rows, width = first.shape
+    modules, each = m.shape[0], -(-rows // size)
+    keep = m.shape[1] > 0
+    if not keep:
+        m = np.empty((modules, size, width), first.dtype)
+        u, x, inverse = np.empty_like(m), np.empty_like(m), np.empty((modules, size), first.dtype)
+    for block in range(begin, end):
+        c, row = block // each, block % each * size
+        stop = min(row + size, rows)
+        n, past = c * rows + row, c * rows + stop
+        a = n if keep else 0
+        b = a + stop - row
+        m[0, a:b] = first[c, row:stop]
+        for i in range(modules):
+            if i > 0:
+                np.dot(u[i - 1, a:b], weight[c, i - 1], x[i, a:b])
+                activate(
+                    x[i, a:b], bias[c, i - 1], scale[c, i - 1], shift[c, i - 1], u[i - 1, a:b],
+                    inverse[i, a:b], m[i, a:b],
+                )  # fmt: skip
+            mix(m, a, sources[i, n:past], weights[i, n:past], u[i, a:b])
+        out[c, row:stop] = u[modules - 1, a:b]
+
+
+@_compile
+def run_modules_backward(
+    begin: int, end: int, size: int, gradient: Array, sources: Array, weights: Array,
+    suitable: Array, masked: bool, weight: Array, scale: Array, shift: Array, m: Array, x: Array,
+    inverse: Array, g_first: Array, g_weights: Array, of_layers: Array,
+) -> None:  # fmt: skip
+    """From the gradient (C, R, d) at ``out`` of `run_modules` to those at ``first`` and weights.
+
+    ``suitable`` (M, N, K, or M, 0, K) and ``masked`` as in `push`. ``x`` is left with the gradients
+    at the products u W; those of bias, scale and shift are added to ``of_layers`` (blocks, 3,
+    M - 1, d), apart for each block, so that their sum does not depend on who adds first.
+    """
+    _, rows, width = gradient.shape
+    modules, each = m.shape[0], -(-rows // size)
+    # What destinations have pushed to each module, and what of it may not enter its layer.
+    whole = np.empty((modules, size, width), m.dtype)
+    blocked = np.empty((modules, size if suitable.shape[1] > 0 else 0, width), m.dtype)
+    through = np.empty((size, width), m.dtype)  # the layer
+    for block in range(begin, end):
+        c, row = block // each, block % each * size
+        stop = min(row + size, rows)
+        n, past, count = c * rows + row, c * rows + stop, stop - row
+        whole[:] = 0
+        blocked[:] = 0
+        arriving = through[:count]
+        arriving[:] = gradient[c, row:stop]
+        together = arriving  # and through the shortcut, which the head has not
+        for i in range(modules - 1, -1, -1):
+            push(
+                arriving, together, m, n, sources[i, n:past], weights[i, n:past],
+                suitable[i, n:past], masked, whole, blocked, g_weights[i, n:past],
+            )  # fmt: skip
+            together = whole[i, :count]
+            if i == 0:
+                break
+            activate_backward(
+                together, blocked[i, :count], x[i, n:past], scale[c, i - 1], shift[c, i - 1],
+                inverse[i, n:past], x[i, n:past], of_layers[block, 0, i - 1 : i],
+                of_layers[block, 1, i - 1 : i], of_layers[block, 2, i - 1 : i],
+            )  # fmt: skip
+            np.dot(x[i, n:past], weight[c, i - 1].T, arriving)
+            for k in range(count):
+                for w in range(width):
+                    together[k, w] += arriving[k, w]
+        g_first[c, row:stop] = together
+        for k in range(min(count, blocked.shape[1])):
+            for w in range(width):
+                g_first[c, row + k, w] -= blocked[0, k, w]
 
 
 @_compile

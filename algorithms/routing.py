@@ -28,20 +28,22 @@ vectorise. A test holds the two equal.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from algorithms.kernels import (
-    activate,
-    activate_backward,
     below_largest,
     choose,
-    mix,
-    push,
+    products_on_one_thread,
+    run_modules,
+    run_modules_backward,
     weigh,
     weigh_backward,
 )
@@ -50,8 +52,10 @@ from algorithms.nn import Init, Layers, Linear, Scratch, compiled, draw, mlp
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
 
-CACHED_NUMBERS = 2**21
-"""Module outputs (numbers) computed together on a CPU; see `ModuleStack`."""
+CACHED_NUMBERS = 2**16
+"""Module outputs (numbers) of the rows that a CPU takes through all modules at once."""
+ROWS_OF_A_THREAD = 512
+"""Rows below which a thread of its own would not pay."""
 
 Choice = Literal["sample", "top_k"]
 """How a path is chosen: drawn at the task's route temperature, or the largest logits."""
@@ -356,26 +360,14 @@ class ModuleStack(nn.Module):
         ``suitable`` (C, M, K, R): where gradients may reach a source's own module; None:
         everywhere. ``shortcut_masked``: whether that holds for the shortcut as well.
         """
-        # On a CPU, as many rows at a time as let all modules' outputs stay in its cache.
-        at_once = first.shape[1]
-        if first.device.type == "cpu":
-            modules = len(self.weight[0]) + 1
-            at_once = max(1, CACHED_NUMBERS // (len(first) * modules * first.shape[2]))
-        parts = []
-        for start in range(0, first.shape[1], at_once):
-            rows = slice(start, start + at_once)
-            of_rows = (
-                first[:, rows], weights[..., rows], self.weight, self.bias, self.scale, self.shift,
-                sources[..., rows], None if suitable is None else suitable[..., rows],
-                shortcut_masked,
-            )  # fmt: skip
-            if compiled(first):
-                parts.append(
-                    _CompiledStack.apply(*of_rows, self._scratch, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-                )
-            else:
-                parts.append(_Stack.apply(*of_rows))  # type: ignore[no-untyped-call]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        arguments = (
+            first, weights, self.weight, self.bias, self.scale, self.shift, sources, suitable,
+            shortcut_masked,
+        )  # fmt: skip
+        if not compiled(first):
+            return _Stack.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        kept = (self._scratch, torch.is_grad_enabled())
+        return _CompiledStack.apply(*arguments, *kept)  # type: ignore[no-any-return, no-untyped-call]
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
         """Draw the parameters as those of linear layers, one per module."""
@@ -511,7 +503,7 @@ def _mix(table: Tensor, index: Tensor, bag: Tensor, factor: Tensor) -> Tensor:
 
 
 class _CompiledStack(torch.autograd.Function):
-    """As `_Stack`, its arithmetic between two products in one compiled pass over the rows."""
+    """As `_Stack`, by compiled loops that take a block of rows through all modules."""
 
     @staticmethod
     def forward(
@@ -528,84 +520,70 @@ class _CompiledStack(torch.autograd.Function):
         scratch: Scratch,
         learning: bool,
     ) -> Tensor:
-        modules, shape = weights.shape[1], (weights.shape[1], *first.shape)
-        buffers = [scratch.take(first, shape) for _ in range(3)]
-        m, u, x = (b[: math.prod(shape)].view(shape) for b in buffers)  # x[0] is not used
-        m[0] = first
-        m_, u_, x_ = (b.flatten(1, 2).numpy() for b in (m, u, x))
-        inverse = first.new_empty(m_.shape[:2]).numpy()
-        picked, share = _by_row(sources), _by_row(weights)
-        biases, scales, shifts = (_by_module(p, modules - 1, first) for p in (bias, scale, shift))
-        mix(m_, picked[0], share[0], u_[0])
-        for i in range(1, modules):
-            torch.bmm(u[i - 1], weight[:, i - 1], out=x[i])
-            activate(
-                x_[i], biases[i - 1], scales[i - 1], shifts[i - 1], u_[i - 1], inverse[i], m_[i]
-            )
-            mix(m_, picked[i], share[i], u_[i])
-        mixed = u[-1].clone()
+        modules, (copies, rows, width) = weights.shape[1], first.shape
+        shape = (modules, copies * rows if learning else 0, width)
+        buffers = [scratch.take(first, shape) if learning else first.new_empty(0) for _ in range(3)]
+        m, u, x = (b[: math.prod(shape)].view(shape) for b in buffers)
+        absent, out = first.new_empty(copies, modules - 1, 0, width), first.new_empty(first.shape)
+        layers = [absent if p is None else p for p in (scale, shift)]
+        route = [_by_row(sources), _by_row(weights)]
+        inverse = m.new_empty(shape[:2])
+        size = max(1, CACHED_NUMBERS // (modules * width))
+        arrays = (p.detach().numpy() for p in (weight, bias, *layers, m, u, x, inverse, out))
+        _in_threads(run_modules, first, size, first.detach().contiguous().numpy(), *route, *arrays)
         if learning:
-            ctx.save_for_backward(weight)
-            ctx.buffers, ctx.tensors, ctx.inverse = buffers, (m, u, x), inverse
-            ctx.picked, ctx.share, ctx.scales, ctx.shifts = picked, share, scales, shifts
-            ctx.suitable = _by_row(suitable) if suitable is not None else None
-            ctx.scratch, ctx.shortcut_masked = scratch, shortcut_masked
-        else:
-            scratch.give(*buffers)
-        return mixed
+            ctx.save_for_backward(weight, *layers)
+            ctx.buffers, ctx.tensors, ctx.route, ctx.size = buffers, (m, u, x, inverse), route, size
+            ctx.suitable = (
+                np.empty((modules, 0, route[0].shape[2]), bool) if suitable is None
+                else _by_row(suitable)
+            )  # fmt: skip
+            ctx.scratch, ctx.shortcut_masked, ctx.normed = (
+                scratch,
+                shortcut_masked,
+                scale is not None,
+            )
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.buffers is None:
             raise RuntimeError("the modules' backward pass can run once only")
-        (weight,) = ctx.saved_tensors
-        m, u, x = ctx.tensors
-        modules, copies, rows, width = m.shape
-        # What destinations have pushed to each module, and what of it may not enter its layer.
-        lanes = 1 if ctx.suitable is None else 2
-        buffers = [ctx.scratch.take(m, m.shape) for _ in range(lanes)]
-        pushed = [b[: m.numel()].zero_().view(modules, copies * rows, width) for b in buffers]
-        absent = m.new_empty(modules, 0, 0)
-        whole, blocked = pushed[0], pushed[1] if lanes == 2 else absent
-        suitable = absent.bool().numpy() if ctx.suitable is None else ctx.suitable
-        g_share = m.new_empty(ctx.share.shape)
-        g_bias, g_scale, g_shift = of_layers = m.new_zeros(3, modules, copies, width)
-        arriving = gradient.clone(memory_format=torch.contiguous_format)  # through the layer
-        arriving_ = arriving.flatten(0, 1).numpy()
-        m_, x_, whole_, blocked_, g_share_, g_bias_, g_scale_, g_shift_ = (
-            b.numpy()
-            for b in (
-                m.flatten(1, 2), x.flatten(1, 2), whole, blocked, g_share, g_bias, g_scale, g_shift
-            )
+        layers, (m, u, x, inverse) = ctx.saved_tensors, ctx.tensors
+        (copies, rows, width), modules = gradient.shape, len(m)
+        g_first, g_share = m.new_empty(gradient.shape), m.new_empty(ctx.route[1].shape)
+        of_blocks = m.new_zeros(copies, -(-rows // ctx.size), 3, modules - 1, width)
+        arrays = (*layers, m, x, inverse, g_first, g_share, of_blocks.flatten(0, 1))
+        _in_threads(
+            run_modules_backward, gradient, ctx.size, gradient.contiguous().numpy(), *ctx.route,
+            ctx.suitable, ctx.shortcut_masked, *(p.detach().numpy() for p in arrays),
         )  # fmt: skip
-        together = arriving_  # and through the shortcut, which the head has not
-        for i in range(modules - 1, -1, -1):
-            push(
-                arriving_, together, m_, ctx.picked[i], ctx.share[i], suitable[i],
-                ctx.shortcut_masked, whole_, blocked_, g_share_[i],
-            )  # fmt: skip
-            if i == 0:
-                break
-            activate_backward(
-                whole_[i], blocked_[i], x_[i], ctx.scales[i - 1], ctx.shifts[i - 1],
-                ctx.inverse[i], x_[i], g_bias_[i], g_scale_[i], g_shift_[i],
-            )  # fmt: skip
-            torch.bmm(x[i], weight[:, i - 1].mT, out=arriving)
-            whole[i] += arriving.view(-1, width)
-            together = whole_[i]
-        g_first = (whole[0] - blocked[0] if lanes == 2 else whole[0].clone()).view(gradient.shape)
         learned: list[Tensor | None] = [None] * 4
         if ctx.needs_input_grad[2]:
             # x holds the gradients at the products u W by now.
-            g_weight = torch.bmm(u[:-1].flatten(0, 1).mT, x[1:].flatten(0, 1))
-            learned = [g_weight.view(modules - 1, copies, width, width).transpose(0, 1)]
-            learned += [g[1:, :, None].transpose(0, 1) for g in of_layers]
-            learned[2:] = learned[2:] if ctx.needs_input_grad[4] else [None, None]
-        ctx.scratch.give(*ctx.buffers, *buffers)
+            inputs, outputs = (t.view(modules, copies, rows, width) for t in (u, x))
+            g_weight = torch.bmm(inputs[:-1].flatten(0, 1).mT, outputs[1:].flatten(0, 1))
+            g_weight = g_weight.view(modules - 1, copies, width, width)
+            learned = [g_weight.transpose(0, 1), *of_blocks.sum(1)[..., None, :].unbind(1)]
+            learned[2:] = learned[2:] if ctx.normed else [None, None]
+        ctx.scratch.give(*ctx.buffers)
         ctx.buffers = ctx.tensors = None
         g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
         return g_first, g_weights, *learned, None, None, None, None, None
+
+
+def _in_threads(kernel: Callable[..., None], x: Tensor, size: int, *arguments: Any) -> None:
+    """Run ``kernel`` on all blocks of ``size`` rows of x (C, R, d), in as many threads as torch."""
+    products_on_one_thread()
+    blocks = len(x) * -(-x.shape[1] // size)
+    threads = max(1, min(torch.get_num_threads(), blocks * size // ROWS_OF_A_THREAD))
+    if threads == 1:
+        kernel(0, blocks, size, *arguments)
+        return
+    bounds = [blocks * thread // threads for thread in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda a, b: kernel(a, b, size, *arguments), bounds[:-1], bounds[1:]))
 
 
 class _Selection(torch.autograd.Function):
@@ -667,10 +645,3 @@ class _Selection(torch.autograd.Function):
 def _by_row(of_route: Tensor) -> NDArray[Any]:
     """(C, M, K, R) as the kernels read it: (M, C R, K), contiguous."""
     return of_route.detach().permute(1, 0, 3, 2).flatten(1, 2).contiguous().numpy()
-
-
-def _by_module(parameter: Tensor | None, modules: int, like: Tensor) -> NDArray[Any]:
-    """A parameter (C, M', 1, d) as the kernels read it: (M', C, d), or without entries."""
-    if parameter is None:
-        return like.detach().new_empty(modules, 0, 0).numpy()
-    return parameter.detach()[:, :, 0].transpose(0, 1).contiguous().numpy()

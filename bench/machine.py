@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mega-bench", "torch", "numba", "metaworld", "mujoco", "gymnasium", "numpy")
+PACKAGES = ("mega-bench", "torch", "numba", "scipy", "metaworld", "mujoco", "gymnasium", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -78,6 +78,7 @@ def numerics(device: str, threads: int) -> dict[str, str]:
         "device": device.partition(":")[0],
         "torch": software["torch"],
         "numba": software["numba"],
+        "scipy": software["scipy"],
         "simulator": f"metaworld {software['metaworld']}, mujoco {software['mujoco']}",
     }
 

@@ -30,6 +30,7 @@ def zeros(*shape: int) -> NDArray[np.float32]:
 
 ABSENT, NO_MARKS = zeros(0, 0), np.zeros((0, 0), bool)
 PLACES = np.array([[[[0], [0]], [[1], [0]], [[2], [0]]]], np.int32)
+SOURCES = PLACES[0].transpose(0, 2, 1).astype("i8").repeat(3, 1)
 
 CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
     "activate": (
@@ -43,9 +44,21 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    np.abs(normal(2)), zeros(2, d), normal(1, d), normal(1, d), normal(1, d)],
     ),
     "push": (
-        lambda *a: kernels.push(*a[:6], True, *a[6:]),
-        lambda d: [normal(2, d), normal(2, d), normal(3, 2, d), np.array([[0, 1], [2, 0]], "i4"),
+        lambda *a: kernels.push(*a[:3], 0, *a[3:6], True, *a[6:]),
+        lambda d: [normal(2, d), normal(2, d), normal(3, 2, d), np.array([[0, 1], [2, 0]], "i8"),
                    normal(2, 2), NO_MARKS, normal(3, 2, d), zeros(0, 0, 0), zeros(2, 2)],
+    ),
+    "run_modules": (
+        lambda *a: kernels.run_modules(0, 2, 2, *a),
+        lambda d: [normal(1, 3, d), SOURCES, normal(3, 3, 2), normal(1, 2, d, d),
+                   *(normal(1, 2, 1, d) for _ in range(3)), *(zeros(3, 3, d) for _ in range(3)),
+                   zeros(3, 3), zeros(1, 3, d)],
+    ),
+    "run_modules_backward": (
+        lambda *a: kernels.run_modules_backward(0, 2, 2, *a[:4], False, *a[4:]),
+        lambda d: [normal(1, 3, d), SOURCES, normal(3, 3, 2), SOURCES == 0, normal(1, 2, d, d),
+                   *(normal(1, 2, 1, d) for _ in range(2)), *(normal(3, 3, d) for _ in range(2)),
+                   np.abs(normal(3, 3)), zeros(1, 3, d), zeros(3, 3, 2), zeros(2, 3, 2, d)],
     ),
     "mix_orthonormal": (
         lambda *a: kernels.mix_orthonormal(*a[:2], 1e-8, *a[2:]),

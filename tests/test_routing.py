@@ -226,16 +226,28 @@ def test_compiled_rows_equal_those_of_tensor_operations(
         )
 
 
-@pytest.mark.usefixtures("either_way")
-def test_chunks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = build(layer_norm=True), observations().requires_grad_()
     whole, route = network(x, "sample", torch.Generator().manual_seed(1))
-    monkeypatch.setattr(routing, "CACHED_NUMBERS", C * M * UNITS * 5)  # 5 rows at a time
+    monkeypatch.setattr(routing, "CACHED_NUMBERS", M * UNITS * 5)  # 5 rows at a time
     parts, _ = network(x, route.path())
     torch.testing.assert_close(parts, whole)
     ours, theirs = gradients(parts, network, x), gradients(whole, network, x)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+def test_threads_make_no_difference_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = build(layer_norm=True), observations().requires_grad_()
+    monkeypatch.setattr(routing, "CACHED_NUMBERS", M * UNITS * 5)
+    monkeypatch.setattr(routing, "ROWS_OF_A_THREAD", 5)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        output, _ = network(x, "sample", torch.Generator().manual_seed(1))
+        found.append({"output": output, **gradients(output, network, x)})
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
 
 
 @pytest.mark.usefixtures("either_way")
