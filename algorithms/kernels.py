@@ -128,6 +128,15 @@ def below_largest(
 
 
 @_compile
+def _add_up(values: Array, total: Array) -> None:
+    """``total`` (n,) = the sum of the rows of ``values`` (k, n)."""
+    total[:] = values[0]
+    for k in range(1, len(values)):
+        for n in range(len(total)):
+            total[n] += values[k, n]
+
+
+@_compile
 def weigh(
     places: Array,
     inside: Array,
@@ -147,21 +156,20 @@ def weigh(
     at least that. What fills up a destination of fewer than K sources is suitable, at weight 0.
     """
     copies, modules, most, rows = places.shape
+    total = np.empty(rows, inside.dtype)
     for c in range(copies):
         for i in range(modules):
             start, count = i * (i + 1) // 2, i + 1
+            if powers.shape[0] > 0:
+                _add_up(powers[c, start : start + count], total)
             for n in range(rows):
                 row = c * rows + n
-                total = bar[0] * 0
-                if powers.shape[0] > 0:
-                    for j in range(count):
-                        total += powers[c, start + j, n]
                 for k in range(most):
                     place = places[c, i, k, n]
                     sources[i, row, k] = place
                     weight = inside[c, i, k, n]
                     if powers.shape[0] > 0:
-                        share = powers[c, start + place, n] / total
+                        share = powers[c, start + place, n] / total[n]
                         if not rescale:
                             weight = share if k < count else share * 0
                         if suitable.shape[0] > 0:
@@ -181,9 +189,12 @@ def weigh_backward(
 ) -> None:
     """The gradient at the logits, ``out`` (C, L, R), from that at the weights (M, N, K)."""
     copies, modules, most, rows = places.shape
+    total = np.empty(rows, weights.dtype)
     for c in range(copies):
         for i in range(modules):
             start, count = i * (i + 1) // 2, i + 1
+            if not rescale:
+                _add_up(powers[c, start : start + count], total)
             out[c, start : start + count] = 0
             for n in range(rows):
                 row = c * rows + n
@@ -195,11 +206,8 @@ def weigh_backward(
                         place = start + places[c, i, k, n]
                         out[c, place, n] = weights[i, row, k] * (gradient[i, row, k] - mean)
                     continue
-                total = out[c, start, n]
                 for j in range(count):
-                    total += powers[c, start + j, n]
-                for j in range(count):
-                    out[c, start + j, n] = -mean * powers[c, start + j, n] / total
+                    out[c, start + j, n] = -mean * powers[c, start + j, n] / total[n]
                 for k in range(min(most, count)):
                     place = start + places[c, i, k, n]
                     out[c, place, n] += weights[i, row, k] * gradient[i, row, k]
