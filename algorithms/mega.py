@@ -3,7 +3,8 @@
 "Model Evolution Framework with Genetic Algorithm for Multi-Task Reinforcement Learning",
 arXiv 2502.13569. Genotypes, their weights and the genetic algorithm are in `algorithms.genetic`
 (Eq. 5-9, Alg. 1-5), the network that they wire in `algorithms.wiring` (Eq. 3 and 4); here are the
-growth of a stage (Sec. 4.4), and which genotype acts, learns and is evaluated (Sec. 4.3).
+growth of a stage (Sec. 4.4), and which genotype acts, learns and is evaluated (Sec. 4.3); verdicts
+on a run's genotypes and stages are in `algorithms.mega_health`.
 
 Symbols: a task at *stage* N owns genotypes that wire the modules M_1 .. M_N; m_k is the output of
 M_k, m_0 the embedded state, w_{i,j} the weight with which M_i reads m_j. T tasks, B rows per task,
@@ -41,7 +42,6 @@ The task enters the actor through its genotype alone. Critics are D2R's (`algori
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -62,15 +61,13 @@ from algorithms.genetic import (
     Genotype,
     Growth,
     Weighting,
-    modules_reached,
     modules_used,
-    stage_of,
     weight_intervals,
-    weight_matrix,
 )
+from algorithms.mega_health import findings
 from algorithms.nn import initialise, mlp
 from algorithms.routing import RoutedNetwork, route_temperature
-from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig, listed
+from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig
 from algorithms.wiring import Decoder, GenotypeNetwork, Relaxation, Wiring
 from suites.base import Episode, SuiteSpec, stream
 
@@ -525,22 +522,7 @@ class MEGA(SAC):
     @classmethod
     def health(cls, history: History) -> list[Finding]:
         """SAC's verdicts, and whether genotypes and stages do what the paper means them to."""
-        config = history.config
-        assert isinstance(config, MEGAConfig)
-        findings = super().health(history)
-        if history.probes:
-            last = history.probes[-1][1]
-            late = [p for step, p in history.probes if step > history.plan.steps_per_task // 2]
-            findings += [
-                _diversity(history.tasks, late or [last]),
-                *_clusters(last, config),
-                _growth(history, last, config),
-                *_after_growth(history, last, config),
-                *_culled(last),
-                *_dead_modules(late or [last], config),
-                _clones(last),
-            ]
-        return findings
+        return super().health(history) + findings(history)
 
     def state_dict(self) -> dict[str, Any]:
         """SAC's state, the populations and the windows of growth."""
@@ -632,152 +614,3 @@ class Evolution:
         self._returns = list(state["returns"])
         self._previous = list(state["previous"])
         self._resting = list(state["resting"])
-
-
-COLLAPSED = 0.05
-"""Mean share of differing bits below which a population counts as one genotype; random: 0.5."""
-SAME_NETWORK = 0.1
-"""Mean difference of weights of tasks' best genotypes below which they are one network."""
-
-
-def _diversity(tasks: tuple[str, ...], probes: list[dict[str, np.ndarray]]) -> Finding:
-    """Whether the genotypes of a population still differ."""
-    mean = np.mean([probe["hamming"] for probe in probes], axis=0)  # (T,)
-    collapsed = mean < COLLAPSED
-    share = 100 * mean.mean()
-    words = f"genotypes of one task differ in {share:.0f} % of their bits (random ones: 50 %)"
-    if not collapsed.any():
-        return Finding("population", "good", words)
-    return Finding(
-        "population", "bad", f"collapsed in {listed(tasks, collapsed)}: {words}",
-        "raise mutation_rate or population_size, or set clones=mutate",
-    )  # fmt: skip
-
-
-def _matrices(probe: dict[str, np.ndarray], config: MEGAConfig) -> NDArray[np.float64]:
-    """The weights of each task's best genotype, (T, N + 1, N + 1) with the highest stage's N."""
-    precision, rows = int(probe["precision"]), np.arange(len(probe["best"]))
-    lengths = probe["lengths"][rows, probe["best"]]
-    best = probe["genotypes"][rows, probe["best"]]
-    levels = stage_of(int(lengths.max()), precision) + 1
-    matrices = np.empty((len(best), levels, levels))
-    for size in np.unique(lengths):  # of one stage at a time
-        genotypes = best[lengths == size, :size]
-        matrices[lengths == size] = weight_matrix(
-            genotypes, precision, config.weights, config.offset, levels
-        )
-    return matrices
-
-
-def _clusters(probe: dict[str, np.ndarray], config: MEGAConfig) -> Iterator[Finding]:
-    """Whether the genotypes still tell the tasks apart."""
-    flat = _matrices(probe, config).reshape(len(probe["best"]), -1)
-    tasks, levels = len(flat), math.isqrt(flat.shape[1])
-    if tasks < 2:
-        return
-    # Half the L1 distance of two levels is the share of their input that differs, 0 to 1.
-    distance = np.abs(flat[:, None] - flat[None]).sum(-1) / 2 / levels
-    mean = distance.sum() / (tasks * (tasks - 1))
-    share = 100 * mean
-    words = f"the best genotypes of two tasks weight {share:.0f} % of what modules read differently"
-    if mean >= SAME_NETWORK:
-        yield Finding("tasks apart", "good", words)
-    elif config.task_identity != "genotype":
-        yield Finding("tasks apart", "note", words)
-    else:
-        yield Finding(
-            "tasks apart", "bad",
-            f"all tasks are in one cluster: {words}, and the actor knows the task by nothing else",
-            "raise crossover_cross_threshold and mutation_cross_threshold: tasks breed with each "
-            "other less",
-        )  # fmt: skip
-
-
-def _growth(history: History, probe: dict[str, np.ndarray], config: MEGAConfig) -> Finding:
-    """Whether stages come to rest."""
-    stage, events = probe["stage"], probe["stage_events"]
-    low, high = int(stage.min()), int(stage.max())
-    words = f"stages {low} to {high}" if low < high else f"stage {low} in every task"
-    if not config.evolve:
-        return Finding("growth", "good", f"{words}, fixed")
-    if (full := stage >= config.max_stage).any():
-        return Finding(
-            "growth", "bad", f"{listed(history.tasks, full)} stand at max_stage {config.max_stage}",
-            "growth is unbounded: lower solved_threshold or progress_threshold, or lengthen window",
-        )  # fmt: skip
-    since = history.plan.steps_per_task * 3 // 4
-    growing = np.isin(np.arange(len(stage)), events[events[:, 0] > since, 1])
-    if growing.mean() > 0.5:
-        return Finding(
-            "growth", "note",
-            f"{words}; {listed(history.tasks, growing)} grew in the last quarter of training",
-            "no end of growth in sight; a larger window or a lower progress_threshold slows it",
-        )  # fmt: skip
-    return Finding(
-        "growth", "good", f"{words}; {len(events)} increases, {growing.sum()} tasks grew late"
-    )
-
-
-def _after_growth(
-    history: History, probe: dict[str, np.ndarray], config: MEGAConfig
-) -> Iterator[Finding]:
-    """What a stage increase did to training, a window of episodes before and after it."""
-    span = (config.window or 1) * history.plan.horizon
-    success, return_ = [], []
-    for step, task, *_ in probe["stage_events"].tolist():
-        before = (history.steps > step - span) & (history.steps <= step)
-        after = (history.steps > step) & (history.steps <= step + span)
-        if before.any() and after.any():
-            success.append([np.nanmean(history.success[m, task]) for m in (before, after)])
-            return_.append([np.nanmean(history.return_[m, task]) for m in (before, after)])
-    if not success:
-        return
-    (s0, s1), (r0, r1) = np.mean(success, axis=0), np.mean(return_, axis=0)
-    words = (
-        f"over {len(success)} stage increases the success rate went from {s0:.2f} to {s1:.2f} and "
-        f"the return from {r0:.0f} to {r1:.0f}, a window before to a window after"
-    )
-    dropped = s1 < s0 - 0.1 or (r0 > 0 and r1 < 0.8 * r0)
-    yield Finding(
-        "after growth", "bad" if dropped else "good", words,
-        "growth=preserve keeps what was learnt" if dropped else "",
-    )  # fmt: skip
-
-
-def _culled(probe: dict[str, np.ndarray]) -> Iterator[Finding]:
-    """Whether genotypes were replaced unseen."""
-    if "gone" not in probe:  # runs of version 0.1 did not count them
-        return
-    gone, culled = int(probe["gone"].sum()), int(probe["culled"].sum())
-    words = f"{culled} of {gone} replaced genotypes had run no episode that counted"
-    if culled <= 0.05 * gone:
-        yield Finding("evaluation", "good", words)
-    else:
-        yield Finding("evaluation", "bad", words, "use replace=at_optimise, or fewer environments")
-
-
-def _dead_modules(probes: list[dict[str, np.ndarray]], config: MEGAConfig) -> Iterator[Finding]:
-    """Whether some module is read by nobody."""
-    used = np.zeros(int(probes[-1]["stage"].max()), dtype=bool)
-    for probe in probes:
-        for matrix in _matrices(probe, config):
-            reached = modules_reached(matrix)
-            used[: len(reached)] |= reached
-    dead = [f"M_{k}" for k in np.flatnonzero(~used) + 1]
-    if not dead:
-        yield Finding("modules", "good", f"all {len(used)} modules feed some task's head")
-    else:
-        yield Finding(
-            "modules", "note", f"{', '.join(dead)} of {len(used)} modules fed no task's head "
-            "through weights above 0.01 in the second half of training",
-        )  # fmt: skip
-
-
-def _clones(probe: dict[str, np.ndarray]) -> Finding:
-    """Whether breeding brings anything new."""
-    rate = float(probe["clone_rate"].mean())
-    words = f"{100 * rate:.0f} % of the children equalled a living genotype of their task"
-    if rate <= 0.5:
-        return Finding("clones", "good", words)
-    advice = "a larger population_size or parents=before_drop gives crossover two parents"
-    return Finding("clones", "note", words, advice)
