@@ -5,20 +5,21 @@
 A run's score is the success rate of its training episodes from first to last, averaged over tasks:
 many more episodes than a final evaluation, and it counts learning early. For each label: its score
 per seed, the mean, the mean difference from the plain algorithm on the same seeds (a good seed is
-good for most variants) with its standard error and 95 % interval (paired t), and the final
-evaluation. Runs that are not finished are left out.
+good for most variants) with its standard error and, from three seeds on, 95 % interval (paired t),
+and the final evaluation. Runs that are not finished are left out.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from bench import frames
+from reports.stats import mean_interval
 
 
 def scores(out: Path) -> pd.DataFrame:
@@ -48,13 +49,13 @@ def table(rows: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for label in by_seed.mean().sort_values(ascending=False).index:
-        score, plain = by_seed[label].dropna(), label.partition("@")[0]
+        score, plain = by_seed[label].dropna(), re.split(r"[@\[]", label)[0]
         cells = [f"`{label}`", ", ".join(f"{v:.2f}" for v in score), f"{score.mean():.3f}"]
         gap = (score - by_seed.get(plain, np.nan)).dropna()
         if label != plain and len(gap) > 1:
-            mean, error = gap.mean(), gap.sem()
-            half = error * stats.t.ppf(0.975, len(gap) - 1)
-            cells += [f"{mean:+.3f}", f"{error:.3f}", f"[{mean - half:+.2f}, {mean + half:+.2f}]"]
+            mean, low, high = mean_interval(gap)
+            interval = f"[{low:+.2f}, {high:+.2f}]" if np.isfinite(low) else ""
+            cells += [f"{mean:+.3f}", f"{gap.sem():.3f}", interval]
         else:
             cells += [""] * 3
         lines.append("| " + " | ".join([*cells, f"{final[label]:.2f}"]) + " |")
