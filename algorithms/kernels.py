@@ -347,6 +347,98 @@ def activate_backward(
 
 
 @_compile
+def encode(
+    x: Array, bias: Array, scale: Array, shift: Array, task: Array, routed: bool, inverse: Array,
+    state: Array, query: Array, first: Array,
+) -> None:  # fmt: skip
+    """What the readers of a routed network's state get, from a product ``x`` (N, d).
+
+    ``state`` F = LayerNorm(x + b), without LayerNorm where ``scale`` (C, d) is absent; the router's
+    ``query``, F * H, or H alone if not ``routed``; the ``first`` module's, ReLU(F); all (N, d). Of
+    H, ``task`` (C T, d), each row serves N / (C T). ``x`` and ``inverse`` as of `activate`.
+    """
+    rows, width = x.shape
+    per_copy, per_task = rows // bias.shape[0], rows // task.shape[0]
+    kind = x.dtype.type
+    zero, one, epsilon = kind(0), kind(1), kind(1e-5)
+    part = one / kind(width)
+    for n in range(rows):
+        c, t = n // per_copy, n // per_task
+        for w in range(width):
+            x[n, w] += bias[c, w]
+        if scale.shape[0] > 0:
+            mean = variance = zero
+            for w in range(width):
+                mean += x[n, w]
+            mean *= part
+            for w in range(width):
+                x[n, w] -= mean
+                variance += x[n, w] * x[n, w]
+            factor = one / np.sqrt(variance * part + epsilon)
+            inverse[n] = factor
+            for w in range(width):
+                x[n, w] *= factor
+                state[n, w] = x[n, w] * scale[c, w] + shift[c, w]
+        else:
+            for w in range(width):
+                state[n, w] = x[n, w]
+        if routed:
+            for w in range(width):
+                query[n, w] = state[n, w] * task[t, w]
+        else:
+            for w in range(width):
+                query[n, w] = task[t, w]
+        for w in range(width):
+            first[n, w] = max(state[n, w], zero)
+
+
+@_compile
+def encode_backward(
+    of_query: Array, of_first: Array, x: Array, scale: Array, task: Array, routed: bool,
+    inverse: Array, state: Array, out: Array, g_bias: Array, g_scale: Array, g_shift: Array,
+    g_task: Array,
+) -> None:  # fmt: skip
+    """From the gradients (N, d) at query and first of `encode` to that at x, ``out``.
+
+    The gradients of bias, scale, shift (C, d) and task (C T, d) are added to.
+    """
+    rows, width = x.shape
+    per_copy, per_task = rows // g_bias.shape[0], rows // task.shape[0]
+    kind = x.dtype.type
+    zero, part = kind(0), kind(1) / kind(width)
+    arriving = np.empty(width, x.dtype)
+    for n in range(rows):
+        c, t = n // per_copy, n // per_task
+        for w in range(width):
+            arriving[w] = of_first[n, w] if state[n, w] > zero else zero
+        if routed:
+            for w in range(width):
+                arriving[w] += of_query[n, w] * task[t, w]
+            for w in range(width):
+                g_task[t, w] += of_query[n, w] * state[n, w]
+        else:
+            for w in range(width):
+                g_task[t, w] += of_query[n, w]
+        if scale.shape[0] > 0:
+            for w in range(width):
+                g_scale[c, w] += arriving[w] * x[n, w]
+                g_shift[c, w] += arriving[w]
+            mean = along = zero
+            for w in range(width):
+                value = arriving[w] * scale[c, w]
+                mean += value
+                along += value * x[n, w]
+            mean *= part
+            along *= part
+            for w in range(width):
+                value = arriving[w] * scale[c, w]
+                arriving[w] = inverse[n] * (value - mean - x[n, w] * along)
+        for w in range(width):
+            g_bias[c, w] += arriving[w]
+            out[n, w] = arriving[w]
+
+
+@_compile
 def push(
     a: Array,
     t: Array,

@@ -12,12 +12,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from algorithms.kernels import (
+    Array,
     activate,
     activate_backward,
     blend,
@@ -208,7 +210,7 @@ def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None)
 
 
 class _Rectified(torch.autograd.Function):
-    """ReLU(LayerNorm(x W + b)), its arithmetic in one compiled pass.
+    """`Rectified` as a step of autograd.
 
     Parameters come and go in their own shapes, since each view of one would be a node of the graph.
     """
@@ -225,45 +227,71 @@ class _Rectified(torch.autograd.Function):
         kept = weight.dim() - 2  # axes of copies, or of copies and modules, G of them
         lead = [max(a, b) for a, b in zip(x.shape, weight.shape[:kept], strict=False)]
         rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
-        pre = torch.bmm(rows, weight.flatten(0, -3))
-        absent = pre.new_empty(0, 0)
-        y, inverse, scales, shifts = pre[:0], pre.new_empty(0), absent, absent
-        if scale is not None and shift is not None:
-            y, inverse = torch.empty_like(pre), pre.new_empty(pre.shape[0] * pre.shape[1])
-            scales, shifts = scale.flatten(0, -2), shift.flatten(0, -2)
-        activate(
-            pre.flatten(0, 1).numpy(), bias.flatten(0, -2).numpy(), scales.numpy(), shifts.numpy(),
-            absent.numpy(), inverse.numpy(), y.flatten(0, 1).numpy(),
-        )  # fmt: skip
-        ctx.save_for_backward(rows, weight, pre, inverse, scales, shifts)
-        ctx.shapes, ctx.lead = (x.shape, bias.shape, None if scale is None else scale.shape), lead
-        return (pre if scale is None else y).view(*lead, *x.shape[kept:-1], -1)
+        none = bias.flatten(0, -2)[:0]
+        norm = [flat(none if p is None else p) for p in (scale, shift)]
+        ctx.step = Rectified(rows, weight.detach().flatten(0, -3), flat(bias), *norm)
+        ctx.shapes = [None if p is None else p.shape for p in (weight, bias, scale, shift)]
+        ctx.of_x, ctx.lead = x.shape, lead
+        out: Tensor = ctx.step.out.view(*lead, *x.shape[kept:-1], -1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, pre, inverse, scales, shifts = ctx.saved_tensors
-        of_x, of_bias, of_scale = ctx.shapes
-        g_pre, width = torch.empty_like(pre), pre.shape[-1]
-        g_bias = pre.new_zeros(of_bias)
-        g_scale, g_shift = (pre.new_zeros(scales.shape) for _ in range(2))
-        activate_backward(
-            gradient.contiguous().view(-1, width).numpy(), pre.new_empty(0, 0).numpy(),
-            pre.flatten(0, 1).numpy(), scales.numpy(), shifts.numpy(), inverse.numpy(),
-            g_pre.flatten(0, 1).numpy(), g_bias.view(-1, width).numpy(), g_scale.numpy(),
-            g_shift.numpy(),
-        )  # fmt: skip
-        wanted, g_x = ctx.needs_input_grad, None
-        if wanted[0]:  # summed over the copies and modules that read the same input
-            g_rows = torch.bmm(g_pre, weight.flatten(0, -3).mT)
-            g_x = g_rows.view(*ctx.lead, *of_x[len(ctx.lead) :]).sum_to_size(of_x)
-        return (
-            g_x,
-            torch.bmm(rows.mT, g_pre).view(weight.shape) if wanted[1] else None,
-            g_bias if wanted[2] else None,
-            g_scale.view(of_scale) if wanted[3] else None,
-            g_shift.view(of_scale) if wanted[4] else None,
+        lead, of_x, wanted = ctx.lead, ctx.of_x, ctx.needs_input_grad
+        rows = gradient.flatten(0, len(lead) - 1).flatten(1, -2)
+        g_x, *learned = ctx.step.backward(rows, wanted[0], wanted[1])
+        if g_x is not None:  # summed over the copies and modules that read the same input
+            g_x = g_x.view(*lead, *of_x[len(lead) :]).sum_to_size(of_x)
+        shaped = [
+            g.view(shape) if g is not None and shape is not None and want else None
+            for g, shape, want in zip(learned, ctx.shapes, wanted[1:], strict=True)
+        ]
+        return g_x, *shaped
+
+
+class Rectified:
+    """ReLU(LayerNorm(x W + b)) of rows x (G, R, inputs): a product and one compiled pass.
+
+    ``weight`` (G, inputs, d). ``bias``, ``scale`` and ``shift`` (n, d): each row serves G R / n
+    rows in a row; without LayerNorm the last two have none. The result is ``out`` (G, R, d).
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Array, scale: Array, shift: Array) -> None:
+        self.x, self.weight, self.biases, self.scale, self.shift = (
+            x,
+            weight,
+            len(bias),
+            scale,
+            shift,
         )
+        self.pre = torch.bmm(x, weight)
+        rows, normed = flat(self.pre), len(scale) > 0
+        absent = rows[:0]
+        self.inverse = np.empty(len(rows) if normed else 0, rows.dtype)
+        self.out = torch.empty_like(self.pre) if normed else self.pre
+        out = flat(self.out) if normed else absent
+        activate(rows, bias, scale, shift, absent, self.inverse, out)
+
+    def backward(
+        self, gradient: Tensor, to_x: bool, learning: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+        """Gradients at x, if asked for, W, if learning, bias, scale and shift."""
+        rows, g_pre = flat(self.pre), torch.empty_like(self.pre)
+        of_bias = g_pre.new_zeros(self.biases, rows.shape[1])
+        of_scale, of_shift = g_pre.new_zeros(2, *self.scale.shape)
+        activate_backward(
+            flat(gradient.contiguous()), rows[:0], rows, self.scale, self.shift, self.inverse,
+            flat(g_pre), of_bias.numpy(), of_scale.numpy(), of_shift.numpy(),
+        )  # fmt: skip
+        g_x = torch.bmm(g_pre, self.weight.mT) if to_x else None
+        g_weight = torch.bmm(self.x.mT, g_pre) if learning else None
+        return g_x, g_weight, of_bias, of_scale, of_shift
+
+
+def flat(x: Tensor) -> Array:
+    """The rows (.., d) of a contiguous tensor as (n, d), the same memory."""
+    return x.detach().numpy().reshape(-1, x.shape[-1])
 
 
 def blended(

@@ -20,42 +20,25 @@ ResRouting changes no value, only gradients (Eq. 10-12): a source whose softmax(
 1/i is *unsuitable* for destination i, and what reaches it from there passes round its own y^j to
 its sources u^j.
 
-On a CPU the arithmetic on each row is compiled (`algorithms.kernels`); elsewhere it is done by
-tensor operations, with the rows of the batch in the last axis, where reductions over the 16 sources
-vectorise. A test holds the two equal.
+On a CPU the network is evaluated by `algorithms.routing_cpu`; elsewhere by tensor operations, with
+the rows of the batch in the last axis, where reductions over the 16 sources vectorise. A test holds
+the two equal.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from algorithms.kernels import (
-    below_largest,
-    choose,
-    products_on_one_thread,
-    run_modules,
-    run_modules_backward,
-    weigh,
-    weigh_backward,
-)
 from algorithms.nn import Init, Layers, Linear, Scratch, compiled, draw, mlp
+from algorithms.routing_cpu import run as run_on_cpu
 
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
 
-CACHED_NUMBERS = 2**16
-"""Module outputs (numbers) of the rows that a CPU takes through all modules at once."""
-ROWS_OF_A_THREAD = 512
-"""Rows below which a thread of its own would not pay."""
 
 Choice = Literal["sample", "top_k"]
 """How a path is chosen: drawn at the task's route temperature, or the largest logits."""
@@ -190,10 +173,11 @@ class RoutedNetwork(nn.Module):
         order = torch.arange(modules, dtype=torch.float32).view(modules, 1)
         self.register_buffer("_order", order, persistent=False)
         bar = 1 / torch.arange(2, modules + 2, dtype=torch.float32)  # 1/i
-        self.register_buffer("_bar", bar, persistent=False)
+        self.register_buffer("bar", bar, persistent=False)
         self._triangle: Tensor
         self._order: Tensor
-        self._bar: Tensor
+        self.bar: Tensor
+        self._scratch = Scratch()
 
     def forward(
         self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None = None
@@ -204,69 +188,60 @@ class RoutedNetwork(nn.Module):
         sources in each destination as `top_k` allows. ``generator`` serves "sample". ResRouting
         is active whenever gradients are recorded.
         """
-        state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
-        task = self.task_encoder()  # (C, T, 1, width)
-        hidden = self.router(state * task if self.state_routing else task.expand_as(state))
-        find = self._compiled_route if compiled(x) else self._route
-        sources, weights, suitable = find(hidden, route, generator)  # (C, M, K, T*B)
-        first = self.first(state).flatten(1, 2)
-        mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
-        copies, tasks, rows = hidden.shape[:3]
-        output = self.head(mixed.view(copies, tasks, rows, -1))
+        copies, tasks, rows = len(self.head.weight), x.shape[1], x.shape[2]
+        noise = self._noise(x, route, generator)
+        given = route if isinstance(route, Tensor) else None
+        if compiled(x):
+            output, sources, weights = run_on_cpu(self, x, given, noise, self._scratch)
+        else:
+            state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
+            task = self.task_encoder()  # (C, T, 1, width)
+            hidden = self.router(state * task if self.state_routing else task.expand_as(state))
+            sources, weights, suitable = self._route(hidden, given, noise)  # (C, M, K, T*B)
+            first = self.first(state).flatten(1, 2)
+            mixed = self.rest(first, sources, weights, suitable, self.shortcut_masked)
+            output = self.head(mixed.view(copies, tasks, rows, -1))
         shape = (*sources.shape[:3], tasks, rows)
         return output, Route(sources.reshape(shape), weights.detach().reshape(shape))
 
-    def _compiled_route(
-        self, hidden: Tensor, route: Choice | Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `_route`, by compiled loops."""
-        logits = self._logits(hidden)
-        given = route if isinstance(route, Tensor) else None
-        score = self._score(logits, route, generator)
-        sources, weights, suitable = _Selection.apply(  # type: ignore[no-untyped-call]
-            logits, score, given, self._bar, self.top_k, self.rescale, self._masks_gradients(),
-            self.threshold == "at_least",
-        )  # fmt: skip
-        return sources, weights, suitable
+    def _noise(
+        self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Gumbel noise (C, M(M+1)/2, T*B) where paths are drawn, otherwise None."""
+        if isinstance(route, Tensor) or route == "top_k" or self.top_k == self.modules_count:
+            return None
+        copies, _, connections = self.logits.bias.shape
+        shape = (copies, connections, x.shape[1] * x.shape[2])
+        noise = torch.rand(shape, generator=generator, dtype=x.dtype, device=x.device)
+        return noise.clamp_min_(1e-12).log_().neg_().log_()
+
+    def score(self, z: Tensor, noise: Tensor | None) -> Tensor:
+        """What sources are chosen by, a copy: logits z (C, M(M+1)/2, T*B), or samples of them.
+
+        The K largest of z / tau + Gumbel noise are K draws without replacement from
+        softmax(z / tau) (Kool et al. 2019).
+        """
+        if noise is None:
+            return z.clone()
+        tau = self.temperature[:, None, :, None]  # of each task's rows
+        by_task = z.view(*z.shape[:2], tau.shape[2], -1) / tau
+        return by_task.flatten(2).sub_(noise)
 
     def _route(
-        self, hidden: Tensor, route: Choice | Tensor, generator: torch.Generator | None
+        self, hidden: Tensor, given: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sources, weights, and whether each is suitable (None: not asked), all (C, M, K, T*B)."""
-        logits = self._logits(hidden)
-        z = self._triangular(logits, -torch.inf)  # (C, M, M, T*B)
-        score = self._score(logits, route, generator)
-        sources, valid = self._choose(score, z.detach(), route)
-        weights = self._weights(z, sources, valid)
-        if not self._masks_gradients():
-            return sources, weights, None
-        chance = torch.softmax(z.detach(), 2).gather(2, sources)
-        bar = self._bar.view(-1, 1, 1)
-        return sources, weights, chance > bar if self.threshold == "above" else chance >= bar
-
-    def _masks_gradients(self) -> bool:
-        return torch.is_grad_enabled() and self.resrouting
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """z as (C, M(M+1)/2, T*B), destination after destination."""
         # A linear layer, with its product transposed so that the rows come last at no cost.
         weight, bias = self.logits.weight, self.logits.bias
-        return torch.baddbmm(bias.mT, weight.mT, hidden.flatten(1, 2).mT)
-
-    def _score(
-        self, logits: Tensor, route: Choice | Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        """What sources are chosen by, a copy: their logits, or samples of them."""
-        score = logits.detach()
-        if isinstance(route, Tensor) or route == "top_k" or self.top_k == self.modules_count:
-            return score.clone()
-        # The K largest of z / tau + Gumbel noise are K draws without replacement from
-        # softmax(z / tau) (Kool et al. 2019).
-        noise = torch.rand(score.shape, generator=generator, dtype=score.dtype, device=score.device)
-        noise.clamp_min_(1e-12).log_().neg_().log_()
-        tau = self.temperature[:, None, :, None]  # of each task's rows
-        by_task = score.view(*score.shape[:2], tau.shape[2], -1) / tau
-        return by_task.flatten(2).sub_(noise)
+        logits = torch.baddbmm(bias.mT, weight.mT, hidden.flatten(1, 2).mT)
+        z = self._triangular(logits, -torch.inf)  # (C, M, M, T*B)
+        sources, valid = self._choose(self.score(logits.detach(), noise), z.detach(), given)
+        weights = self._weights(z, sources, valid)
+        if not (torch.is_grad_enabled() and self.resrouting):
+            return sources, weights, None
+        chance = torch.softmax(z.detach(), 2).gather(2, sources)
+        bar = self.bar.view(-1, 1, 1)
+        return sources, weights, chance > bar if self.threshold == "above" else chance >= bar
 
     def _triangular(self, values: Tensor, elsewhere: float) -> Tensor:
         """Values (C, M(M+1)/2, rows) of the connections as (C, M, M, rows)."""
@@ -274,15 +249,15 @@ class RoutedNetwork(nn.Module):
         padded = values.new_full((copies, modules * modules, rows), elsewhere)
         return padded.index_copy_(1, self._triangle, values).view(copies, modules, modules, rows)
 
-    def _choose(self, score: Tensor, z: Tensor, route: Choice | Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, score: Tensor, z: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """The path: sources (C, M, K, rows), and whether each exists."""
         copies, modules = z.shape[:2]
         order = self._order
         if self.top_k == modules:
             valid = z > -torch.inf
             return torch.where(valid, order.long(), 0), valid
-        if isinstance(route, Tensor):
-            path = route.flatten(1, 2).permute(0, 2, 3, 1).to(z.dtype, copy=True)
+        if given is not None:
+            path = given.flatten(1, 2).permute(0, 2, 3, 1).to(z.dtype, copy=True)
             score = path.sub_(1).mul_(-NEVER).expand(copies, -1, -1, -1)
         else:
             score = self._triangular(score, NEVER)
@@ -345,7 +320,6 @@ class ModuleStack(nn.Module):
         self.bias = nn.Parameter(torch.empty(copies, count, 1, width))
         self.scale = nn.Parameter(torch.ones(copies, count, 1, width)) if layer_norm else None
         self.shift = nn.Parameter(torch.zeros(copies, count, 1, width)) if layer_norm else None
-        self._scratch = Scratch()
 
     def forward(
         self,
@@ -360,14 +334,11 @@ class ModuleStack(nn.Module):
         ``suitable`` (C, M, K, R): where gradients may reach a source's own module; None:
         everywhere. ``shortcut_masked``: whether that holds for the shortcut as well.
         """
-        arguments = (
+        mixed: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
             first, weights, self.weight, self.bias, self.scale, self.shift, sources, suitable,
             shortcut_masked,
         )  # fmt: skip
-        if not compiled(first):
-            return _Stack.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-        kept = (self._scratch, torch.is_grad_enabled())
-        return _CompiledStack.apply(*arguments, *kept)  # type: ignore[no-any-return, no-untyped-call]
+        return mixed
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
         """Draw the parameters as those of linear layers, one per module."""
@@ -500,148 +471,3 @@ def _mix(table: Tensor, index: Tensor, bag: Tensor, factor: Tensor) -> Tensor:
     """sum_k p_k m_{d_k} for each row (N, d), from the outputs (M * N, d) of all modules so far."""
     mixed: Tensor = torch.embedding_bag(table, index, bag, False, 0, False, factor)[0]
     return mixed
-
-
-class _CompiledStack(torch.autograd.Function):
-    """As `_Stack`, by compiled loops that take a block of rows through all modules."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        first: Tensor,
-        weights: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        sources: Tensor,
-        suitable: Tensor | None,
-        shortcut_masked: bool,
-        scratch: Scratch,
-        learning: bool,
-    ) -> Tensor:
-        modules, (copies, rows, width) = weights.shape[1], first.shape
-        shape = (modules, copies * rows if learning else 0, width)
-        buffers = [scratch.take(first, shape) if learning else first.new_empty(0) for _ in range(3)]
-        m, u, x = (b[: math.prod(shape)].view(shape) for b in buffers)
-        absent, out = first.new_empty(copies, modules - 1, 0, width), first.new_empty(first.shape)
-        layers = [absent if p is None else p for p in (scale, shift)]
-        route = [_by_row(sources), _by_row(weights)]
-        inverse = m.new_empty(shape[:2])
-        size = max(1, CACHED_NUMBERS // (modules * width))
-        arrays = (p.detach().numpy() for p in (weight, bias, *layers, m, u, x, inverse, out))
-        _in_threads(run_modules, first, size, first.detach().contiguous().numpy(), *route, *arrays)
-        if learning:
-            ctx.save_for_backward(weight, *layers)
-            ctx.buffers, ctx.tensors, ctx.route, ctx.size = buffers, (m, u, x, inverse), route, size
-            ctx.suitable = (
-                np.empty((modules, 0, route[0].shape[2]), bool) if suitable is None
-                else _by_row(suitable)
-            )  # fmt: skip
-            ctx.scratch, ctx.shortcut_masked, ctx.normed = (
-                scratch,
-                shortcut_masked,
-                scale is not None,
-            )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.buffers is None:
-            raise RuntimeError("the modules' backward pass can run once only")
-        layers, (m, u, x, inverse) = ctx.saved_tensors, ctx.tensors
-        (copies, rows, width), modules = gradient.shape, len(m)
-        g_first, g_share = m.new_empty(gradient.shape), m.new_empty(ctx.route[1].shape)
-        of_blocks = m.new_zeros(copies, -(-rows // ctx.size), 3, modules - 1, width)
-        arrays = (*layers, m, x, inverse, g_first, g_share, of_blocks.flatten(0, 1))
-        _in_threads(
-            run_modules_backward, gradient, ctx.size, gradient.contiguous().numpy(), *ctx.route,
-            ctx.suitable, ctx.shortcut_masked, *(p.detach().numpy() for p in arrays),
-        )  # fmt: skip
-        learned: list[Tensor | None] = [None] * 4
-        if ctx.needs_input_grad[2]:
-            # x holds the gradients at the products u W by now.
-            inputs, outputs = (t.view(modules, copies, rows, width) for t in (u, x))
-            g_weight = torch.bmm(inputs[:-1].flatten(0, 1).mT, outputs[1:].flatten(0, 1))
-            g_weight = g_weight.view(modules - 1, copies, width, width)
-            learned = [g_weight.transpose(0, 1), *of_blocks.sum(1)[..., None, :].unbind(1)]
-            learned[2:] = learned[2:] if ctx.normed else [None, None]
-        ctx.scratch.give(*ctx.buffers)
-        ctx.buffers = ctx.tensors = None
-        g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
-        return g_first, g_weights, *learned, None, None, None, None, None
-
-
-def _in_threads(kernel: Callable[..., None], x: Tensor, size: int, *arguments: Any) -> None:
-    """Run ``kernel`` on all blocks of ``size`` rows of x (C, R, d), in as many threads as torch."""
-    products_on_one_thread()
-    blocks = len(x) * -(-x.shape[1] // size)
-    threads = max(1, min(torch.get_num_threads(), blocks * size // ROWS_OF_A_THREAD))
-    if threads == 1:
-        kernel(0, blocks, size, *arguments)
-        return
-    bounds = [blocks * thread // threads for thread in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda a, b: kernel(a, b, size, *arguments), bounds[:-1], bounds[1:]))
-
-
-class _Selection(torch.autograd.Function):
-    """Sources, weights and suitability (C, M, K, T*B) from logits (C, L, T*B)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        score: Tensor,
-        given: Tensor | None,
-        bar: Tensor,
-        top_k: int,
-        rescale: bool,
-        suitability: bool,
-        at_least: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        (copies, _, rows), modules = logits.shape, len(bar)
-        z = logits.detach().contiguous()
-        marks = torch.empty(0, modules, dtype=torch.bool) if given is None else given
-        places = torch.empty(copies, modules, top_k, rows, dtype=torch.int32)
-        chosen = z.new_empty(places.shape)
-        choose(
-            z.numpy(), score.contiguous().numpy(), marks.reshape(-1, modules).numpy(),
-            places.numpy(), chosen.numpy(),
-        )  # fmt: skip
-        powers = z.new_empty(0, 0, 0)
-        if suitability or not rescale:
-            powers = torch.empty_like(z)
-            below_largest(z.numpy(), powers.numpy())
-            powers.exp_()
-        shape = (modules, copies * rows, top_k)
-        weights, sources = z.new_empty(shape), torch.empty(shape, dtype=torch.int64)
-        suitable = torch.empty(shape if suitability else (0, 0, 0), dtype=torch.bool)
-        weigh(
-            places.numpy(), torch.softmax(chosen, 2).numpy(), powers.numpy(), rescale, bar.numpy(),
-            at_least, sources.numpy(), weights.numpy(), suitable.numpy(),
-        )  # fmt: skip
-        ctx.save_for_backward(places, powers, weights)
-        ctx.rescale, ctx.shape = rescale, logits.shape
-        outer = [
-            x.view(modules, copies, rows, top_k).permute(1, 0, 3, 2)
-            for x in ((sources, weights, suitable) if suitability else (sources, weights))
-        ]
-        ctx.mark_non_differentiable(*outer[:1], *outer[2:])
-        return outer[0], outer[1], outer[2] if suitability else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, _sources: Tensor, gradient: Tensor, _suitable: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        places, powers, weights = (x.numpy() for x in ctx.saved_tensors)
-        g_logits = gradient.new_empty(ctx.shape)
-        weigh_backward(_by_row(gradient), places, powers, ctx.rescale, weights, g_logits.numpy())
-        return g_logits, *(None,) * 7
-
-
-def _by_row(of_route: Tensor) -> NDArray[Any]:
-    """(C, M, K, R) as the kernels read it: (M, C R, K), contiguous."""
-    return of_route.detach().permute(1, 0, 3, 2).flatten(1, 2).contiguous().numpy()

@@ -60,6 +60,16 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    *(normal(1, 2, 1, d) for _ in range(2)), *(normal(3, 3, d) for _ in range(2)),
                    np.abs(normal(3, 3)), zeros(1, 3, d), zeros(3, 3, 2), zeros(2, 3, 2, d)],
     ),
+    "encode": (
+        lambda x, b, s, h, task, *a: kernels.encode(x, b, s, h, task, True, *a),
+        lambda d: [normal(2, d), *(normal(1, d) for _ in range(4)), zeros(2),
+                   *(zeros(2, d) for _ in range(3))],
+    ),
+    "encode_backward": (
+        lambda q, f, x, s, task, *a: kernels.encode_backward(q, f, x, s, task, True, *a),
+        lambda d: [*(normal(2, d) for _ in range(3)), normal(1, d), normal(1, d),
+                   np.abs(normal(2)), normal(2, d), zeros(2, d), *(normal(1, d) for _ in range(4))],
+    ),
     "mix_orthonormal": (
         lambda *a: kernels.mix_orthonormal(*a[:2], 1e-8, *a[2:]),
         lambda d: [normal(1, 3, 2, d), normal(1, 1, 3), zeros(1, 3, 2, d), zeros(1, 3, 2),

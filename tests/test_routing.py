@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algorithms import routing
+from algorithms import routing_cpu
 from algorithms.nn import initialise
 from algorithms.routing import (
     RoutedNetwork,
@@ -229,7 +229,7 @@ def test_compiled_rows_equal_those_of_tensor_operations(
 def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = build(layer_norm=True), observations().requires_grad_()
     whole, route = network(x, "sample", torch.Generator().manual_seed(1))
-    monkeypatch.setattr(routing, "CACHED_NUMBERS", M * UNITS * 5)  # 5 rows at a time
+    monkeypatch.setattr(routing_cpu, "CACHED_NUMBERS", M * UNITS * 5)  # 5 rows at a time
     parts, _ = network(x, route.path())
     torch.testing.assert_close(parts, whole)
     ours, theirs = gradients(parts, network, x), gradients(whole, network, x)
@@ -239,8 +239,8 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_threads_make_no_difference_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = build(layer_norm=True), observations().requires_grad_()
-    monkeypatch.setattr(routing, "CACHED_NUMBERS", M * UNITS * 5)
-    monkeypatch.setattr(routing, "ROWS_OF_A_THREAD", 5)
+    monkeypatch.setattr(routing_cpu, "CACHED_NUMBERS", M * UNITS * 5)
+    monkeypatch.setattr(routing_cpu, "ROWS_OF_A_THREAD", 5)
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

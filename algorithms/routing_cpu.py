@@ -1,0 +1,316 @@
+"""The routed network of `algorithms.routing` on a CPU: one step of autograd, gradients by hand.
+
+At the reduced presets an update makes thousands of small steps, and what each costs besides its
+arithmetic is half of the time. Here layers are products, as elsewhere, and compiled loops between
+them (`algorithms.kernels`), with nothing in between. A test holds values and gradients equal to
+those of the network's tensor operations and to the papers' equations.
+
+Symbols as in `algorithms.routing`; R = T B rows, N = C R rows of all copies together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from algorithms.kernels import (
+    below_largest,
+    choose,
+    encode,
+    encode_backward,
+    products_on_one_thread,
+    run_modules,
+    run_modules_backward,
+    weigh,
+    weigh_backward,
+)
+from algorithms.nn import LayerNorm, Linear, Rectified, Scratch, flat
+
+if TYPE_CHECKING:
+    from algorithms.routing import RoutedNetwork
+
+CACHED_NUMBERS = 2**16
+"""Module outputs (numbers) of the rows that are taken through all modules at once."""
+ROWS_OF_A_THREAD = 512
+"""Rows below which a thread of its own would not pay."""
+
+
+def run(
+    network: RoutedNetwork, x: Tensor, given: Tensor | None, noise: Tensor | None, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's outputs, sources and weights (C, M, K, R) at x (C or 1, T, B, inputs).
+
+    ``given``: paths to take; otherwise the best by logits, or by samples of them with ``noise``.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _Run.apply(  # type: ignore[no-untyped-call]
+        network, x, given, noise, scratch, torch.is_grad_enabled(), *_parameters(network)
+    )
+    return found
+
+
+class _Layer(NamedTuple):
+    """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def _parameters(network: RoutedNetwork) -> Iterable[Tensor | None]:
+    """All that learns: encoder, router, first module, the other modules, logits, head, tasks."""
+    chains = (network.state_encoder, network.router, network.first)
+    layers = [layer for chain in chains for layer in _layers(chain)]
+    rest, logits, head = network.rest, network.logits, network.head
+    layers += [
+        _Layer(rest.weight, rest.bias, rest.scale, rest.shift),
+        _Layer(logits.weight, logits.bias), _Layer(head.weight, head.bias),
+    ]  # fmt: skip
+    return [p for layer in layers for p in layer] + list(network.task_encoder.parameters())
+
+
+def _layers(chain: nn.Sequential) -> list[_Layer]:
+    found: list[_Layer] = []
+    for part in chain:
+        if isinstance(part, Linear):
+            found.append(_Layer(part.weight, part.bias))
+        elif isinstance(part, LayerNorm):
+            found[-1] = found[-1]._replace(scale=part.scale, shift=part.shift)
+    return found
+
+
+class _Run(torch.autograd.Function):
+    """Forward, layer after layer; backward, the same in reverse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        network: RoutedNetwork,
+        x: Tensor,
+        given: Tensor | None,
+        noise: Tensor | None,
+        scratch: Scratch,
+        learning: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layers = [_Layer(*parameters[k : k + 4]) for k in range(0, len(parameters) - 2, 4)]
+        encoder, state, router_in, router_out, first, rest, logits, head = layers
+        task = (parameters[-2] + parameters[-1]).flatten(0, 2)  # H, (C T, width)
+        copies, tasks, rows = len(head.weight), x.shape[1], x.shape[2]
+
+        inputs = x.flatten(1, 2).expand(copies, -1, -1)
+        encoded = _rectified(inputs, encoder)
+        read = _State(encoded.out, state, task, network.state_routing)
+        asked = _rectified(read.query, router_in)
+        heard = _rectified(asked.out, router_out)
+        # z as (C, L, R): a product transposed so that the rows come last at no cost.
+        z = torch.baddbmm(logits.bias.mT, logits.weight.mT, heard.out.mT)
+        route = _Route(z, network.score(z, noise), given, network, learning)
+        begun = _rectified(read.first, first)
+        modules = _Modules(begun.out, route, rest, scratch, network.shortcut_masked, learning)
+        output = torch.baddbmm(head.bias, modules.out, head.weight)
+        if learning:
+            ctx.shape, ctx.layers = x.shape, layers
+            ctx.parts = encoded, read, asked, heard, route, begun, modules
+        of_route = [
+            torch.from_numpy(a).view(-1, copies, tasks * rows, a.shape[2]).permute(1, 0, 3, 2)
+            for a in (route.sources, route.weights)
+        ]
+        ctx.mark_non_differentiable(*of_route)
+        return output.view(copies, tasks, rows, -1), of_route[0], of_route[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient: Tensor, _sources: Tensor, _weights: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.parts is None:
+            raise RuntimeError("the routed network's backward pass can run once only")
+        encoded, read, asked, heard, route, begun, modules = ctx.parts
+        *_, logits, head = ctx.layers
+        ctx.parts, wanted = None, ctx.needs_input_grad
+        learning = any(wanted[6:])
+
+        g = gradient.flatten(1, 2)
+        of_head = [*_linear(modules.out, g), None, None] if learning else []
+        g_begun, g_weights, of_rest = modules.backward(torch.bmm(g, head.weight.mT), learning)
+        g_first, *of_first = begun.backward(g_begun, True, learning)
+        g_z = route.backward(g_weights).mT  # (C, R, L)
+        of_logits = [*_linear(heard.out, g_z), None, None] if learning else []
+        g_heard, *of_heard = heard.backward(torch.bmm(g_z, logits.weight.mT), True, learning)
+        g_query, *of_asked = asked.backward(g_heard, True, learning)
+        g_encoded, g_task, of_state = read.backward(g_query, g_first, learning)
+        g_x, *of_encoder = encoded.backward(g_encoded, wanted[1], learning)
+        if wanted[1]:
+            of_copies = (len(g_x), *ctx.shape[1:])
+            g_x = g_x.view(of_copies).sum_to_size(ctx.shape)
+        nothing = (None,) * 4
+        if not learning:
+            return None, g_x, *nothing, *(None for _ in wanted[6:])
+        learned = [*of_encoder, *of_state, *of_asked, *of_heard, *of_first, *of_rest, *of_logits,
+                   *of_head]  # fmt: skip
+        shaped = [
+            None if p is None or found is None else found.view_as(p)
+            for p, found in zip((p for layer in ctx.layers for p in layer), learned, strict=True)
+        ]
+        g_task = g_task.view(len(gradient), -1, 1, g_task.shape[1])
+        return None, g_x, *nothing, *shaped, g_task, g_task.sum(1, keepdim=True)
+
+
+def _linear(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients at weight and bias of a layer, from that (C, R, outputs) at its output."""
+    return torch.bmm(x.mT, gradient), gradient.sum(1, keepdim=True)
+
+
+def _rectified(x: Tensor, layer: _Layer) -> Rectified:
+    return Rectified(x, layer.weight.detach(), *_arrays(layer))
+
+
+def _arrays(layer: _Layer) -> list[NDArray[Any]]:
+    """Bias, scale and shift (C, d); the last two (0, d) without LayerNorm."""
+    none = layer.bias[:0]
+    return [flat(none if p is None else p) for p in (layer.bias, layer.scale, layer.shift)]
+
+
+class _State:
+    """F = LayerNorm(x W + b), and what reads it: the router's F * H, the first module's ReLU(F)."""
+
+    def __init__(self, x: Tensor, layer: _Layer, task: Tensor, routed: bool) -> None:
+        self.x, self.weight, self.routed = x, layer.weight.detach(), routed
+        self.product = torch.bmm(x, self.weight)
+        self.state, self.query, self.first = (torch.empty_like(self.product) for _ in range(3))
+        bias, self.scale, shift = _arrays(layer)
+        self.task, pre = flat(task), flat(self.product)
+        self.inverse = np.empty(len(pre), pre.dtype)
+        encode(
+            pre, bias, self.scale, shift, self.task, routed, self.inverse, flat(self.state),
+            flat(self.query), flat(self.first),
+        )  # fmt: skip
+
+    def backward(
+        self, g_query: Tensor, g_first: Tensor, learning: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Gradients at x, at H (C T, d) and at the layer's parameters."""
+        out, width = torch.empty_like(self.product), self.product.shape[2]
+        of_bias = out.new_zeros(len(out), width)
+        of_norm = out.new_zeros(2, len(self.scale), width)
+        of_task = out.new_zeros(self.task.shape)
+        encode_backward(
+            flat(g_query), flat(g_first), flat(self.product), self.scale, self.task, self.routed,
+            self.inverse, flat(self.state), flat(out), of_bias.numpy(), *of_norm.numpy(),
+            of_task.numpy(),
+        )  # fmt: skip
+        of_weight = torch.bmm(self.x.mT, out) if learning else None
+        return torch.bmm(out, self.weight.mT), of_task, [of_weight, of_bias, *of_norm]
+
+
+class _Route:
+    """``sources``, ``weights`` and ``suitable`` (M, N, K) from logits z (C, L, R)."""
+
+    def __init__(
+        self, z: Tensor, score: Tensor, given: Tensor | None, network: RoutedNetwork, learning: bool
+    ) -> None:
+        (copies, _, rows), modules = z.shape, network.modules_count
+        self.rescale, k = network.rescale, network.top_k
+        asks = learning and network.resrouting
+        marks = torch.empty(0, modules, dtype=torch.bool) if given is None else given
+        self.places = np.empty((copies, modules, k, rows), np.int32)
+        inside = z.new_empty(self.places.shape)
+        choose(z.numpy(), score.numpy(), flat(marks), self.places, inside.numpy())
+        powers = z.new_empty(0, 0, 0)
+        if asks or not self.rescale:
+            powers = torch.empty_like(z)
+            below_largest(z.numpy(), powers.numpy())
+            powers.exp_()
+        self.powers = powers.numpy()
+        shape = (modules, copies * rows, k)
+        self.sources, self.weights = np.empty(shape, np.int64), np.empty(shape, self.powers.dtype)
+        suitable = np.empty(shape if asks else (0, 0, 0), bool)
+        weigh(
+            self.places, torch.softmax(inside, 2).numpy(), self.powers, self.rescale,
+            network.bar.numpy(), network.threshold == "at_least", self.sources, self.weights,
+            suitable,
+        )  # fmt: skip
+        self.suitable = suitable if asks else np.empty((modules, 0, k), bool)
+
+    def backward(self, g_weights: NDArray[Any]) -> Tensor:
+        """The gradient at z."""
+        copies, modules, _, rows = self.places.shape
+        out = torch.from_numpy(
+            np.empty((copies, modules * (modules + 1) // 2, rows), g_weights.dtype)
+        )
+        weigh_backward(g_weights, self.places, self.powers, self.rescale, self.weights, out.numpy())
+        return out
+
+
+class _Modules:
+    """The modules after the first and the head's input ``out`` (C, R, d), in blocks of rows."""
+
+    def __init__(
+        self, first: Tensor, route: _Route, layer: _Layer, scratch: Scratch, masked: bool,
+        learning: bool,
+    ) -> None:  # fmt: skip
+        (copies, rows, width), modules = first.shape, len(route.weights)
+        self.route, self.scratch, self.masked = route, scratch, masked
+        self.size = max(1, CACHED_NUMBERS // (modules * width))
+        self.normed = layer.scale is not None
+        shape = (modules, copies * rows if learning else 0, width)
+        self.buffers = [
+            scratch.take(first, shape) if learning else first.new_empty(0) for _ in range(3)
+        ]
+        self.m, self.u, self.x = (b[: math.prod(shape)].view(shape) for b in self.buffers)
+        self.inverse, self.out = first.new_empty(shape[:2]).numpy(), torch.empty_like(first)
+        none = layer.bias[:, :, :0]
+        self.weight, bias, self.scale, self.shift = (
+            (none if p is None else p).detach().numpy() for p in layer
+        )
+        _in_threads(
+            run_modules, first, self.size, first.numpy(), route.sources, route.weights, self.weight,
+            bias, self.scale, self.shift, self.m.numpy(), self.u.numpy(), self.x.numpy(),
+            self.inverse, self.out.numpy(),
+        )  # fmt: skip
+
+    def backward(
+        self, gradient: Tensor, learning: bool
+    ) -> tuple[Tensor, NDArray[Any], list[Tensor | None]]:
+        """Gradients at ``first``, at the route's weights and at the layers' parameters."""
+        (copies, rows, width), modules, route = gradient.shape, len(self.m), self.route
+        g_first, g_weights = torch.empty_like(gradient), np.empty_like(route.weights)
+        of_blocks = gradient.new_zeros(copies, -(-rows // self.size), 3, modules - 1, width)
+        _in_threads(
+            run_modules_backward, gradient, self.size, gradient.numpy(), route.sources,
+            route.weights, route.suitable, self.masked, self.weight, self.scale, self.shift,
+            self.m.numpy(), self.x.numpy(), self.inverse, g_first.numpy(), g_weights,
+            of_blocks.flatten(0, 1).numpy(),
+        )  # fmt: skip
+        of_layers: list[Tensor | None] = [None] * 4
+        if learning:
+            # x holds the gradients at the products u W by now.
+            inputs, outputs = (t.view(modules, copies, rows, width) for t in (self.u, self.x))
+            of_weight = torch.bmm(inputs[:-1].flatten(0, 1).mT, outputs[1:].flatten(0, 1))
+            of_weight = of_weight.view(modules - 1, copies, width, width).transpose(0, 1)
+            of_layers = [of_weight.contiguous(), *of_blocks.sum(1).transpose(0, 1).contiguous()]
+            of_layers[2:] = of_layers[2:] if self.normed else [None, None]
+        self.scratch.give(*self.buffers)
+        return g_first, g_weights, of_layers
+
+
+def _in_threads(kernel: Callable[..., None], x: Tensor, size: int, *arguments: Any) -> None:
+    """Run ``kernel`` on all blocks of ``size`` rows of x (C, R, d), in as many threads as torch."""
+    products_on_one_thread()
+    blocks = len(x) * -(-x.shape[1] // size)
+    threads = max(1, min(torch.get_num_threads(), blocks * size // ROWS_OF_A_THREAD))
+    if threads == 1:
+        kernel(0, blocks, size, *arguments)
+        return
+    bounds = [blocks * thread // threads for thread in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda a, b: kernel(a, b, size, *arguments), bounds[:-1], bounds[1:]))
