@@ -662,7 +662,7 @@ def test_describing_the_machine() -> None:
     facts = machine.environment("cpu", 3)
     assert facts["numerics"] == {
         "threads": "3", "device": "cpu", "torch": torch.__version__,
-        "numba": facts["versions"]["numba"],
+        "numba": facts["versions"]["numba"], "scipy": facts["versions"]["scipy"],
         "simulator": facts["numerics"]["simulator"],
     }  # fmt: skip
     assert "metaworld 3." in facts["numerics"]["simulator"]
