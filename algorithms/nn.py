@@ -258,13 +258,8 @@ class Rectified:
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Array, scale: Array, shift: Array) -> None:
-        self.x, self.weight, self.biases, self.scale, self.shift = (
-            x,
-            weight,
-            len(bias),
-            scale,
-            shift,
-        )
+        self.x, self.weight, self.biases = x, weight, len(bias)
+        self.scale, self.shift = scale, shift
         self.pre = torch.bmm(x, weight)
         rows, normed = flat(self.pre), len(scale) > 0
         absent = rows[:0]

@@ -39,7 +39,6 @@ from algorithms.routing_cpu import run as run_on_cpu
 NEVER = -1e30
 """Score of a connection that does not exist: below all others, yet finite."""
 
-
 Choice = Literal["sample", "top_k"]
 """How a path is chosen: drawn at the task's route temperature, or the largest logits."""
 
@@ -177,7 +176,7 @@ class RoutedNetwork(nn.Module):
         self._triangle: Tensor
         self._order: Tensor
         self.bar: Tensor
-        self._scratch = Scratch()
+        self.scratch = Scratch()
 
     def forward(
         self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None = None
@@ -192,7 +191,7 @@ class RoutedNetwork(nn.Module):
         noise = self._noise(x, route, generator)
         given = route if isinstance(route, Tensor) else None
         if compiled(x):
-            output, sources, weights = run_on_cpu(self, x, given, noise, self._scratch)
+            output, sources, weights = run_on_cpu(self, x, given, noise)
         else:
             state = self.state_encoder(x)  # (C, T, B, width), F(s) before its ReLU
             task = self.task_encoder()  # (C, T, 1, width)

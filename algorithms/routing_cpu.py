@@ -32,7 +32,7 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import LayerNorm, Linear, Rectified, Scratch, flat
+from algorithms.nn import LayerNorm, Linear, Rectified, flat
 
 if TYPE_CHECKING:
     from algorithms.routing import RoutedNetwork
@@ -44,14 +44,14 @@ ROWS_OF_A_THREAD = 512
 
 
 def run(
-    network: RoutedNetwork, x: Tensor, given: Tensor | None, noise: Tensor | None, scratch: Scratch
+    network: RoutedNetwork, x: Tensor, given: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The network's outputs, sources and weights (C, M, K, R) at x (C or 1, T, B, inputs).
 
     ``given``: paths to take; otherwise the best by logits, or by samples of them with ``noise``.
     """
     found: tuple[Tensor, Tensor, Tensor] = _Run.apply(  # type: ignore[no-untyped-call]
-        network, x, given, noise, scratch, torch.is_grad_enabled(), *_parameters(network)
+        network, x, given, noise, torch.is_grad_enabled(), *_parameters(network)
     )
     return found
 
@@ -97,7 +97,6 @@ class _Run(torch.autograd.Function):
         x: Tensor,
         given: Tensor | None,
         noise: Tensor | None,
-        scratch: Scratch,
         learning: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +114,7 @@ class _Run(torch.autograd.Function):
         z = torch.baddbmm(logits.bias.mT, logits.weight.mT, heard.out.mT)
         route = _Route(z, network.score(z, noise), given, network, learning)
         begun = _rectified(read.first, first)
-        modules = _Modules(begun.out, route, rest, scratch, network.shortcut_masked, learning)
+        modules = _Modules(begun.out, route, rest, network, learning)
         output = torch.baddbmm(head.bias, modules.out, head.weight)
         if learning:
             ctx.shape, ctx.layers = x.shape, layers
@@ -137,7 +136,7 @@ class _Run(torch.autograd.Function):
         encoded, read, asked, heard, route, begun, modules = ctx.parts
         *_, logits, head = ctx.layers
         ctx.parts, wanted = None, ctx.needs_input_grad
-        learning = any(wanted[6:])
+        learning = any(wanted[5:])
 
         g = gradient.flatten(1, 2)
         of_head = [*_linear(modules.out, g), None, None] if learning else []
@@ -152,9 +151,9 @@ class _Run(torch.autograd.Function):
         if wanted[1]:
             of_copies = (len(g_x), *ctx.shape[1:])
             g_x = g_x.view(of_copies).sum_to_size(ctx.shape)
-        nothing = (None,) * 4
+        nothing = (None,) * 3
         if not learning:
-            return None, g_x, *nothing, *(None for _ in wanted[6:])
+            return None, g_x, *nothing, *(None for _ in wanted[5:])
         learned = [*of_encoder, *of_state, *of_asked, *of_heard, *of_first, *of_rest, *of_logits,
                    *of_head]  # fmt: skip
         shaped = [
@@ -219,7 +218,7 @@ class _Route:
         self, z: Tensor, score: Tensor, given: Tensor | None, network: RoutedNetwork, learning: bool
     ) -> None:
         (copies, _, rows), modules = z.shape, network.modules_count
-        self.rescale, k = network.rescale, network.top_k
+        self.z, self.rescale, k = z, network.rescale, network.top_k
         asks = learning and network.resrouting
         marks = torch.empty(0, modules, dtype=torch.bool) if given is None else given
         self.places = np.empty((copies, modules, k, rows), np.int32)
@@ -243,10 +242,7 @@ class _Route:
 
     def backward(self, g_weights: NDArray[Any]) -> Tensor:
         """The gradient at z."""
-        copies, modules, _, rows = self.places.shape
-        out = torch.from_numpy(
-            np.empty((copies, modules * (modules + 1) // 2, rows), g_weights.dtype)
-        )
+        out = torch.empty_like(self.z)
         weigh_backward(g_weights, self.places, self.powers, self.rescale, self.weights, out.numpy())
         return out
 
@@ -255,16 +251,15 @@ class _Modules:
     """The modules after the first and the head's input ``out`` (C, R, d), in blocks of rows."""
 
     def __init__(
-        self, first: Tensor, route: _Route, layer: _Layer, scratch: Scratch, masked: bool,
-        learning: bool,
-    ) -> None:  # fmt: skip
+        self, first: Tensor, route: _Route, layer: _Layer, network: RoutedNetwork, learning: bool
+    ) -> None:
         (copies, rows, width), modules = first.shape, len(route.weights)
-        self.route, self.scratch, self.masked = route, scratch, masked
+        self.route, self.scratch, self.masked = route, network.scratch, network.shortcut_masked
         self.size = max(1, CACHED_NUMBERS // (modules * width))
         self.normed = layer.scale is not None
         shape = (modules, copies * rows if learning else 0, width)
         self.buffers = [
-            scratch.take(first, shape) if learning else first.new_empty(0) for _ in range(3)
+            self.scratch.take(first, shape) if learning else first.new_empty(0) for _ in range(3)
         ]
         self.m, self.u, self.x = (b[: math.prod(shape)].view(shape) for b in self.buffers)
         self.inverse, self.out = first.new_empty(shape[:2]).numpy(), torch.empty_like(first)
