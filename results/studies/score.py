@@ -49,7 +49,7 @@ def table(rows: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for label in by_seed.mean().sort_values(ascending=False).index:
-        score, plain = by_seed[label].dropna(), re.split(r"[@\[]", label)[0]
+        score, plain = by_seed[label].dropna(), _plain(label, by_seed.columns)
         cells = [f"`{label}`", ", ".join(f"{v:.2f}" for v in score), f"{score.mean():.3f}"]
         gap = (score - by_seed.get(plain, np.nan)).dropna()
         if label != plain and len(gap) > 1:
@@ -60,6 +60,14 @@ def table(rows: pd.DataFrame) -> str:
             cells += [""] * 3
         lines.append("| " + " | ".join([*cells, f"{final[label]:.2f}"]) + " |")
     return "\n".join(lines)
+
+
+def _plain(label: str, labels: pd.Index) -> str:
+    """What a label is compared with: without its variant, or without all it changes."""
+    for shorter in (re.sub(r"@[^\[]*", "", label), re.split(r"[@\[]", label)[0]):
+        if shorter != label and shorter in labels:
+            return shorter
+    return label
 
 
 if __name__ == "__main__":
