@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from algorithms.kernels import (
     below_largest,
@@ -272,6 +273,7 @@ class _Modules:
             bias, self.scale, self.shift, self.m.numpy(), self.u.numpy(), self.x.numpy(),
             self.inverse, self.out.numpy(),
         )  # fmt: skip
+        _tell(first, modules - 1)
 
     def backward(
         self, gradient: Tensor, learning: bool
@@ -286,6 +288,7 @@ class _Modules:
             self.m.numpy(), self.x.numpy(), self.inverse, g_first.numpy(), g_weights,
             of_blocks.flatten(0, 1).numpy(),
         )  # fmt: skip
+        _tell(gradient, modules - 1)
         of_layers: list[Tensor | None] = [None] * 4
         if learning:
             # x holds the gradients at the products u W by now.
@@ -296,6 +299,15 @@ class _Modules:
             of_layers[2:] = of_layers[2:] if self.normed else [None, None]
         self.scratch.give(*self.buffers)
         return g_first, g_weights, of_layers
+
+
+def _tell(x: Tensor, layers: int) -> None:
+    """Show a counter of operations the products of x (C, R, d) with the weights of so many layers,
+    which compiled loops have made out of its sight."""
+    if is_in_torch_dispatch_mode():
+        copies, rows, width = x.shape
+        shapes = ((copies * layers, rows, width), (copies * layers, width, width))
+        torch.bmm(*(torch.empty(shape, device="meta") for shape in shapes))
 
 
 def _in_threads(kernel: Callable[..., None], x: Tensor, size: int, *arguments: Any) -> None:

@@ -141,7 +141,8 @@ def speed_rows(
     ``update_ms``, ``act_ms``, ``step_ms`` (the simulator's): milliseconds per call for all tasks.
     ``ratio``: an update's to that of the first algorithm. ``gflop``: the work of an update's matrix
     products; ``peak_share``: at their rate, against that of one large product (`PEAK_SHAPE`),
-    which is measured in the same turns; ``gemm_share``: of an update's time, spent in products.
+    which is measured in the same turns; ``gemm_share``: of an update's time, spent in
+    products, without those inside compiled loops (routed modules).
     ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
     machine.keep_freed_memory()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms import routing_cpu
 from algorithms.nn import initialise
@@ -248,6 +249,19 @@ def test_threads_make_no_difference_to_the_last_bit(monkeypatch: pytest.MonkeyPa
         found.append({"output": output, **gradients(output, network, x)})
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_a_counter_of_operations_sees_every_product() -> None:
+    network, x = build(layer_norm=True), observations()
+    with FlopCounterMode(display=False) as counter:
+        network(x, "top_k")[0].sum().backward()
+    router, connections = 9, M * (M + 1) // 2
+    later = (
+        WIDTH * WIDTH + WIDTH * router + router * router + router * connections
+        + WIDTH * UNITS + (M - 1) * UNITS * UNITS + UNITS * 2
+    )  # fmt: skip
+    # Forward, and backward at weights and inputs; the observations need no gradient.
+    assert counter.get_total_flops() == 2 * C * T * B * (3 * later + 2 * INPUTS * WIDTH)
 
 
 @pytest.mark.usefixtures("either_way")
