@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
@@ -148,7 +149,7 @@ def weigh(
     weights: Array,
     suitable: Array,
 ) -> None:
-    """``sources``, ``weights`` and ``suitable`` (optional), all (M, N, K), of the places chosen.
+    """``sources``, ``weights`` and ``suitable`` (or M, 0, K), all (M, N, K), of the places chosen.
 
     ``inside`` (C, M, K, R): the softmax over what is chosen, the weights if ``rescale``; otherwise
     those over all sources are. ``powers`` (C, L, R, needed for these and for ``suitable``): e to
@@ -172,7 +173,7 @@ def weigh(
                         share = powers[c, start + place, n] / total[n]
                         if not rescale:
                             weight = share if k < count else share * 0
-                        if suitable.shape[0] > 0:
+                        if suitable.shape[1] > 0:
                             enough = share >= bar[i] if at_least else share > bar[i]
                             suitable[i, row, k] = enough or k >= count
                     weights[i, row, k] = weight
@@ -287,6 +288,32 @@ def activate(
                 out[n, w] = max(x[n, w], zero)
 
 
+@register_jitable(inline="always")  # a call for each row would cost more than its arithmetic
+def _normalise_backward(
+    arriving: Array, x: Array, n: int, scale: Array, c: int, inverse: Array, part: float,
+    g_scale: Array, g_shift: Array,
+) -> None:  # fmt: skip
+    """Turn the gradient (d,) at a normalised row's scale * x + shift into that before normalising.
+
+    Row n of ``x`` and ``inverse`` as `activate` left them; ``part`` is 1 / d in their type. The
+    gradients of row c of scale and shift are added to.
+    """
+    width, zero = x.shape[1], x.dtype.type(0)
+    for w in range(width):
+        g_scale[c, w] += arriving[w] * x[n, w]
+        g_shift[c, w] += arriving[w]
+    mean = along = zero
+    for w in range(width):
+        value = arriving[w] * scale[c, w]
+        mean += value
+        along += value * x[n, w]
+    mean *= part
+    along *= part
+    for w in range(width):
+        value = arriving[w] * scale[c, w]
+        arriving[w] = inverse[n] * (value - mean - x[n, w] * along)
+
+
 @_compile
 def activate_backward(
     gradient: Array,
@@ -322,19 +349,7 @@ def activate_backward(
                 for w in range(width):
                     passes = x[n, w] * scale[c, w] + shift[c, w] > zero
                     arriving[w] = gradient[n, w] if passes else zero
-            for w in range(width):
-                g_scale[c, w] += arriving[w] * x[n, w]
-                g_shift[c, w] += arriving[w]
-            mean = along = zero
-            for w in range(width):
-                value = arriving[w] * scale[c, w]
-                mean += value
-                along += value * x[n, w]
-            mean *= part
-            along *= part
-            for w in range(width):
-                value = arriving[w] * scale[c, w]
-                arriving[w] = inverse[n] * (value - mean - x[n, w] * along)
+            _normalise_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
         elif blocked.shape[0] > 0:
             for w in range(width):
                 arriving[w] = gradient[n, w] - blocked[n, w] if x[n, w] > zero else zero
@@ -359,25 +374,11 @@ def encode(
     """
     rows, width = x.shape
     per_copy, per_task = rows // bias.shape[0], rows // task.shape[0]
-    kind = x.dtype.type
-    zero, one, epsilon = kind(0), kind(1), kind(1e-5)
-    part = one / kind(width)
+    activate(x, bias, scale, shift, x[:0], inverse, first)
     for n in range(rows):
         c, t = n // per_copy, n // per_task
-        for w in range(width):
-            x[n, w] += bias[c, w]
         if scale.shape[0] > 0:
-            mean = variance = zero
             for w in range(width):
-                mean += x[n, w]
-            mean *= part
-            for w in range(width):
-                x[n, w] -= mean
-                variance += x[n, w] * x[n, w]
-            factor = one / np.sqrt(variance * part + epsilon)
-            inverse[n] = factor
-            for w in range(width):
-                x[n, w] *= factor
                 state[n, w] = x[n, w] * scale[c, w] + shift[c, w]
         else:
             for w in range(width):
@@ -388,8 +389,6 @@ def encode(
         else:
             for w in range(width):
                 query[n, w] = task[t, w]
-        for w in range(width):
-            first[n, w] = max(state[n, w], zero)
 
 
 @_compile
@@ -420,19 +419,7 @@ def encode_backward(
             for w in range(width):
                 g_task[t, w] += of_query[n, w]
         if scale.shape[0] > 0:
-            for w in range(width):
-                g_scale[c, w] += arriving[w] * x[n, w]
-                g_shift[c, w] += arriving[w]
-            mean = along = zero
-            for w in range(width):
-                value = arriving[w] * scale[c, w]
-                mean += value
-                along += value * x[n, w]
-            mean *= part
-            along *= part
-            for w in range(width):
-                value = arriving[w] * scale[c, w]
-                arriving[w] = inverse[n] * (value - mean - x[n, w] * along)
+            _normalise_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
         for w in range(width):
             g_bias[c, w] += arriving[w]
             out[n, w] = arriving[w]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -209,6 +209,20 @@ def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None)
     return y
 
 
+class Dense(NamedTuple):
+    """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def arrays(self) -> list[Array]:
+        """Bias, scale and shift as rows (n, d); the last two (0, d) without LayerNorm."""
+        none = self.bias[:0]
+        return [flat(none if p is None else p) for p in (self.bias, self.scale, self.shift)]
+
+
 class _Rectified(torch.autograd.Function):
     """`Rectified` as a step of autograd.
 
@@ -227,9 +241,8 @@ class _Rectified(torch.autograd.Function):
         kept = weight.dim() - 2  # axes of copies, or of copies and modules, G of them
         lead = [max(a, b) for a, b in zip(x.shape, weight.shape[:kept], strict=False)]
         rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
-        none = bias.flatten(0, -2)[:0]
-        norm = [flat(none if p is None else p) for p in (scale, shift)]
-        ctx.step = Rectified(rows, weight.detach().flatten(0, -3), flat(bias), *norm)
+        arrays = Dense(weight, bias, scale, shift).arrays()
+        ctx.step = Rectified(rows, weight.detach().flatten(0, -3), *arrays)
         ctx.shapes = [None if p is None else p.shape for p in (weight, bias, scale, shift)]
         ctx.of_x, ctx.lead = x.shape, lead
         out: Tensor = ctx.step.out.view(*lead, *x.shape[kept:-1], -1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import LayerNorm, Linear, Rectified, flat
+from algorithms.nn import Dense, LayerNorm, Linear, Rectified, flat
 
 if TYPE_CHECKING:
     from algorithms.routing import RoutedNetwork
@@ -57,32 +57,23 @@ def run(
     return found
 
 
-class _Layer(NamedTuple):
-    """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
-
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-
 def _parameters(network: RoutedNetwork) -> Iterable[Tensor | None]:
     """All that learns: encoder, router, first module, the other modules, logits, head, tasks."""
     chains = (network.state_encoder, network.router, network.first)
     layers = [layer for chain in chains for layer in _layers(chain)]
     rest, logits, head = network.rest, network.logits, network.head
     layers += [
-        _Layer(rest.weight, rest.bias, rest.scale, rest.shift),
-        _Layer(logits.weight, logits.bias), _Layer(head.weight, head.bias),
+        Dense(rest.weight, rest.bias, rest.scale, rest.shift),
+        Dense(logits.weight, logits.bias), Dense(head.weight, head.bias),
     ]  # fmt: skip
     return [p for layer in layers for p in layer] + list(network.task_encoder.parameters())
 
 
-def _layers(chain: nn.Sequential) -> list[_Layer]:
-    found: list[_Layer] = []
+def _layers(chain: nn.Sequential) -> list[Dense]:
+    found: list[Dense] = []
     for part in chain:
         if isinstance(part, Linear):
-            found.append(_Layer(part.weight, part.bias))
+            found.append(Dense(part.weight, part.bias))
         elif isinstance(part, LayerNorm):
             found[-1] = found[-1]._replace(scale=part.scale, shift=part.shift)
     return found
@@ -101,7 +92,7 @@ class _Run(torch.autograd.Function):
         learning: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layers = [_Layer(*parameters[k : k + 4]) for k in range(0, len(parameters) - 2, 4)]
+        layers = [Dense(*parameters[k : k + 4]) for k in range(0, len(parameters) - 2, 4)]
         encoder, state, router_in, router_out, first, rest, logits, head = layers
         task = (parameters[-2] + parameters[-1]).flatten(0, 2)  # H, (C T, width)
         copies, tasks, rows = len(head.weight), x.shape[1], x.shape[2]
@@ -170,24 +161,18 @@ def _linear(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(x.mT, gradient), gradient.sum(1, keepdim=True)
 
 
-def _rectified(x: Tensor, layer: _Layer) -> Rectified:
-    return Rectified(x, layer.weight.detach(), *_arrays(layer))
-
-
-def _arrays(layer: _Layer) -> list[NDArray[Any]]:
-    """Bias, scale and shift (C, d); the last two (0, d) without LayerNorm."""
-    none = layer.bias[:0]
-    return [flat(none if p is None else p) for p in (layer.bias, layer.scale, layer.shift)]
+def _rectified(x: Tensor, layer: Dense) -> Rectified:
+    return Rectified(x, layer.weight.detach(), *layer.arrays())
 
 
 class _State:
     """F = LayerNorm(x W + b), and what reads it: the router's F * H, the first module's ReLU(F)."""
 
-    def __init__(self, x: Tensor, layer: _Layer, task: Tensor, routed: bool) -> None:
+    def __init__(self, x: Tensor, layer: Dense, task: Tensor, routed: bool) -> None:
         self.x, self.weight, self.routed = x, layer.weight.detach(), routed
         self.product = torch.bmm(x, self.weight)
         self.state, self.query, self.first = (torch.empty_like(self.product) for _ in range(3))
-        bias, self.scale, shift = _arrays(layer)
+        bias, self.scale, shift = layer.arrays()
         self.task, pre = flat(task), flat(self.product)
         self.inverse = np.empty(len(pre), pre.dtype)
         encode(
@@ -221,10 +206,10 @@ class _Route:
         (copies, _, rows), modules = z.shape, network.modules_count
         self.z, self.rescale, k = z, network.rescale, network.top_k
         asks = learning and network.resrouting
-        marks = torch.empty(0, modules, dtype=torch.bool) if given is None else given
+        marks = np.empty((0, modules), bool) if given is None else flat(given)
         self.places = np.empty((copies, modules, k, rows), np.int32)
         inside = z.new_empty(self.places.shape)
-        choose(z.numpy(), score.numpy(), flat(marks), self.places, inside.numpy())
+        choose(z.numpy(), score.numpy(), marks, self.places, inside.numpy())
         powers = z.new_empty(0, 0, 0)
         if asks or not self.rescale:
             powers = torch.empty_like(z)
@@ -233,13 +218,12 @@ class _Route:
         self.powers = powers.numpy()
         shape = (modules, copies * rows, k)
         self.sources, self.weights = np.empty(shape, np.int64), np.empty(shape, self.powers.dtype)
-        suitable = np.empty(shape if asks else (0, 0, 0), bool)
+        self.suitable = np.empty((modules, copies * rows if asks else 0, k), bool)
         weigh(
             self.places, torch.softmax(inside, 2).numpy(), self.powers, self.rescale,
             network.bar.numpy(), network.threshold == "at_least", self.sources, self.weights,
-            suitable,
+            self.suitable,
         )  # fmt: skip
-        self.suitable = suitable if asks else np.empty((modules, 0, k), bool)
 
     def backward(self, g_weights: NDArray[Any]) -> Tensor:
         """The gradient at z."""
@@ -252,7 +236,7 @@ class _Modules:
     """The modules after the first and the head's input ``out`` (C, R, d), in blocks of rows."""
 
     def __init__(
-        self, first: Tensor, route: _Route, layer: _Layer, network: RoutedNetwork, learning: bool
+        self, first: Tensor, route: _Route, layer: Dense, network: RoutedNetwork, learning: bool
     ) -> None:
         (copies, rows, width), modules = first.shape, len(route.weights)
         self.route, self.scratch, self.masked = route, network.scratch, network.shortcut_masked

@@ -27,7 +27,7 @@ from algorithms.genetic import (
     stage_of,
     weight_matrix,
 )
-from algorithms.nn import Init, LayerNorm, Linear, Scratch, TaskLinear, draw, mlp
+from algorithms.nn import Dense, Init, LayerNorm, Linear, Scratch, TaskLinear, draw, mlp
 
 
 class Wiring(NamedTuple):
@@ -451,15 +451,6 @@ class _Stack(torch.autograd.Function):
         return g_first, g_weights, None, None, None, None, *learned
 
 
-class _Layer(NamedTuple):
-    """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
-
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-
-
 _Normed = tuple[Tensor, Tensor, Tensor, Tensor]
 """What LayerNorm's backward pass needs: its input, the normalised input, mean and 1 / deviation."""
 
@@ -474,19 +465,19 @@ class _Run(NamedTuple):
     normed_out: _Normed | None
 
 
-def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[_Layer, _Layer]]:
+def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[Dense, Dense]]:
     """The inner and the outer layer of each `GenotypeModule`, from their parameters in a row."""
     each = len(parameters) // max(count, 1)
     layers = []
     for start in range(0, len(parameters), each):
         w_in, b_in, w_out, b_out, *norms = parameters[start : start + each]
         inner, outer = (norms[:2], norms[2:]) if norms else ((None, None), (None, None))
-        layers.append((_Layer(w_in, b_in, *inner), _Layer(w_out, b_out, *outer)))
+        layers.append((Dense(w_in, b_in, *inner), Dense(w_out, b_out, *outer)))
     return layers
 
 
 def _dense(
-    inputs: Tensor, layer: _Layer, out: Tensor | None = None
+    inputs: Tensor, layer: Dense, out: Tensor | None = None
 ) -> tuple[Tensor, _Normed | None]:
     """ReLU(LayerNorm(inputs W + b)) on rows (C, R, W)."""
     if layer.scale is None or layer.shift is None:
@@ -501,7 +492,7 @@ def _dense(
 def _dense_backward(
     gradient: Tensor,
     inputs: Tensor,
-    layer: _Layer,
+    layer: Dense,
     normed: _Normed | None,
     learning: bool,
     out: Tensor | None = None,
