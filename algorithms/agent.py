@@ -108,7 +108,7 @@ class Agent(ABC):
     Config: ClassVar[type[AgentConfig]]
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {}
     """Ablations as differences from Config (or of protocol fields). ``fixed{start_stage}`` takes
-    the integer in the variant's name as that field's value."""
+    the number in the variant's name as that field's value."""
     PAPER: ClassVar[str] = ""
     """Citation shown by `bench list`."""
 

@@ -106,6 +106,8 @@ class D2RConfig(SACConfig):
     def _modules_fill_layers(self) -> Self:
         if (self.layers is None) != (self.route_level == "module"):
             raise ValueError("layers belongs to route_level=layer and route_level=model")
+        if self.top_k is not None and self.top_k > self.modules:
+            raise ValueError(f"top_k={self.top_k}: there are {self.modules} sources at most")
         if self.modules % (self.layers or 1):
             raise ValueError(f"modules={self.modules} do not fill layers={self.layers}")
         return self

@@ -12,7 +12,8 @@ the community. `Community` is asked which genotype runs an episode and told the 
 **Departures** and readings where the paper is silent or cannot mean what it prints:
 
 1. Eq. 5 counts the head as the last level, n_m = N + 1: the only reading that agrees with Fig. 1
-   and Fig. 11. Most significant bit first, which the paper does not print.
+   and Fig. 11. Most significant bit first, which the paper does not print; the other order would be
+   the same algorithm, as every operator picks its bits uniformly.
 2. Alg. 1 abandons "p_w * r_a" genotypes; it can only mean P * r_a. r_a is not published: half,
    rounded up, that is 2 of 3 (MT10) and 2 of 4 (MT50). An odd number is filled with a mutant last.
    Children that one optimisation inserts are not parents in the same optimisation.
@@ -46,8 +47,6 @@ Bits = NDArray[np.uint8]
 Weighting = Literal["half_softmax", "softmax"]
 Align = Literal["front", "segment"]
 Growth = Literal["random", "extend", "preserve"]
-Learnt = Callable[[int, int], Bits]
-"""Task and place in its population to bits."""
 T = TypeVar("T")
 
 
@@ -407,6 +406,16 @@ class GeneticSettings:
         if self.mutation_best_threshold > self.mutation_cross_threshold:
             raise ValueError("mutation_best_threshold exceeds mutation_cross_threshold (Alg. 4)")
 
+    def check_room(self, stage: int) -> None:
+        """Raises ValueError where a population of a stage has more members than there are
+        genotypes of its length and none may be a clone."""
+        fewest = 2 ** length(stage, self.precision)
+        if self.clones == "mutate" and self.population_size > fewest:
+            raise ValueError(
+                f"{self.population_size} different genotypes do not exist at stage {stage} and "
+                f"precision {self.precision}: there are {fewest}"
+            )
+
     @property
     def abandoned(self) -> int:
         """How many genotypes one optimisation drops and breeds anew."""
@@ -470,6 +479,10 @@ class Genotype:
         return self.returns / self.count if self.count else math.nan
 
 
+Learnt = Callable[[Genotype], Bits]
+"""A living genotype to the bits that it has come to."""
+
+
 @dataclass(slots=True, eq=False)
 class _Flight:
     """An episode under way."""
@@ -494,17 +507,11 @@ class Community:
     def __init__(self, stages: Sequence[int], settings: GeneticSettings, rng: Generator) -> None:
         """``stages`` (T,) are the tasks' start stages; ``rng`` (PCG64) drives every choice.
 
-        Raises ValueError for a stage below 1, or where a population has more members than there
-        are genotypes of its length and none may be a clone.
+        Raises ValueError for a stage below 1, or one that has too few genotypes (`check_room`).
         """
         if len(stages) == 0 or min(stages) < 1:
             raise ValueError("a community needs tasks, each at stage 1 or higher")
-        fewest = 2 ** length(min(stages), settings.precision)
-        if settings.clones == "mutate" and settings.population_size > fewest:
-            raise ValueError(
-                f"{settings.population_size} different genotypes do not exist at stage "
-                f"{min(stages)} and precision {settings.precision}: there are {fewest}"
-            )
+        settings.check_room(min(stages))
         self.settings = settings
         self.table = GenotypeTable()
         self.stage = np.array(stages, dtype=np.int64)
@@ -558,8 +565,16 @@ class Community:
 
     def in_flight(self, task: int, env: int) -> Genotype:
         """The genotype of the episode under way there; RuntimeError if there is none."""
+        return self._flight(task, env).genotype
+
+    def counts(self, task: int, env: int) -> bool:
+        """Whether the episode under way there counts: begun after the warm-up, and since the last
+        `clear_fitness`. RuntimeError if there is none."""
+        return self._flight(task, env).counts
+
+    def _flight(self, task: int, env: int) -> _Flight:
         try:
-            return self._flights[task][env].genotype
+            return self._flights[task][env]
         except KeyError:
             raise RuntimeError(f"no episode is under way in task {task}, env {env}") from None
 
@@ -568,7 +583,8 @@ class Community:
 
         The return goes to the very genotype that was asked for, if it still lives; an episode of
         one that was replaced meanwhile counts for nothing. ``learnt``: asked, before breeding, for
-        the bits that each of the task's genotypes has come to during the generation. Raises
+        the bits that each of the task's genotypes has come to during the generation, by whose
+        returns it is still judged; bits that changed are unevaluated from then on. Raises
         RuntimeError if no episode is under way, ValueError if the return is not finite.
         """
         genotype = self.in_flight(task, env)
@@ -586,10 +602,10 @@ class Community:
         genotype.count += 1
         if not self._complete(population):
             return False
-        if learnt is not None:
-            for member, genotype in enumerate(population):
-                self._rewrite(genotype, learnt(task, member))
+        changed = self._inherit(task, learnt)
         self._replace(task, self._optimised(task))
+        for genotype in changed:
+            genotype.returns, genotype.count = 0.0, 0
         self.generation[task] += 1
         return True
 
@@ -628,13 +644,15 @@ class Community:
             and min(evaluations) >= self._evaluations_each
         )
 
-    def lengthen(self, task: int) -> int:
+    def lengthen(self, task: int, learnt: Learnt | None = None) -> int:
         """Move a task up one stage (Sec. 4.4) and return it; `GeneticSettings.growth` says how.
 
-        With ``at_once`` the task's generation restarts with the new genotypes.
+        With ``at_once`` the task's generation restarts with the new genotypes, grown from what the
+        old ones have ``learnt`` (as in `tell`).
         """
         self.stage[task] += 1
         if self.settings.replace == "at_once":
+            self._inherit(task, learnt)
             self._replace(task, self._grown(task))
         return int(self.stage[task])
 
@@ -644,9 +662,18 @@ class Community:
         self._culled[task] += sum(genotype.lived == 0 for genotype in gone)
         self._populations[task] = population
 
-    def _rewrite(self, genotype: Genotype, bits: Bits) -> None:
-        bits.flags.writeable = False
-        genotype.bits, genotype.id = bits, self.table.add(bits)
+    def _inherit(self, task: int, learnt: Learnt | None) -> list[Genotype]:
+        """Write what was learnt into a task's genotypes; those whose bits changed."""
+        if learnt is None:
+            return []
+        changed = []
+        for genotype in self._populations[task]:
+            bits = learnt(genotype)
+            if not np.array_equal(bits, genotype.bits):
+                bits.flags.writeable = False
+                genotype.bits, genotype.id = bits, self.table.add(bits)
+                changed.append(genotype)
+        return changed
 
     def _new(self, bits: Bits) -> Genotype:
         bits.flags.writeable = False

@@ -60,6 +60,7 @@ from algorithms.genetic import (
     GeneticSettings,
     Genotype,
     Growth,
+    Learnt,
     Weighting,
     modules_used,
     weight_intervals,
@@ -173,12 +174,25 @@ class MEGAConfig(SACConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self.genetic(self.population_size or 3, self.precision or 2)  # raises if it is not
+        genetic = self.genetic(self.population_size or 3, self.precision or 2)  # raises if not
+        if self.population_size and self.precision:
+            genetic.check_room(self.start_stage)
         if self.weights == "softmax":
             self._unused("offset", because="weights is softmax")
+            if self.growth == "preserve":
+                raise ValueError(
+                    "growth=preserve needs weights=half_softmax: Softmax gives a decimal of 0 a "
+                    "weight that changes the policy"
+                )
         if self.critic != "module_level":
             because = f"the critic is {self.critic}"
             self._unused("critic_modules", "critic_top_k", because=because)
+        elif self.critic_top_k > self.critic_modules:
+            raise ValueError(
+                f"critic_top_k={self.critic_top_k}: there are {self.critic_modules} sources at most"
+            )
+        if self.update_genotype == "best":
+            self._unused("target_genotype", because="update_genotype is best already")
         if not self.relax:
             self._unused("relax_lr", because="relax is false")
         elif self.update_genotype == "behaviour":
@@ -191,13 +205,23 @@ class MEGAConfig(SACConfig):
                 "max_stage", "window", "solved_threshold", "progress_threshold", "growth",
                 "replace", because="evolve is false",
             )  # fmt: skip
-        elif self.start_stage > self.max_stage:
-            raise ValueError(f"start_stage {self.start_stage} exceeds max_stage {self.max_stage}")
+        elif self.start_stage >= self.max_stage:
+            raise ValueError(
+                f"start_stage {self.start_stage} leaves nothing to grow up to max_stage "
+                f"{self.max_stage}: raise max_stage, or set evolve=false"
+            )
         if self.optimise == "random":
             self._unused(
                 "abandon_rate", "parents", "clones", "crossover_rate", "align", "mutation_rate",
                 "crossover_cross_threshold", "mutation_cross_threshold", "mutation_best_threshold",
                 because="optimise is random",
+            )  # fmt: skip
+            if self.replace == "at_optimise":
+                self._unused("growth", because="optimise is random, and replace at_optimise")
+        elif genetic.abandoned == 1:
+            self._unused(
+                "crossover_rate", "crossover_cross_threshold",
+                because="one genotype is dropped at a time, and what replaces it is a mutant",
             )  # fmt: skip
         return self
 
@@ -227,6 +251,10 @@ class MEGAConfig(SACConfig):
         return type(self)(**values)
 
 
+PATIENT = {"solved_threshold": 0.2, "progress_threshold": 0.0}
+"""A task grows only while it hardly ever succeeds and its return falls."""
+
+
 class MEGA(SAC):
     """Genotype module-level actor, genetic algorithm and model evolution on multi-task SAC."""
 
@@ -241,10 +269,19 @@ class MEGA(SAC):
         "stage{start_stage}": {},
         "precision{precision}": {},
         "population{population_size}": {},
-        "offset0.9": {"offset": 0.9},
-        "offset0.999": {"offset": 0.999},
-        "offset1": {"offset": 1.0},
+        "offset{offset}": {},
+        "precision{precision}_offset{offset}": {},
+        # What came out not below the plain one on seeds of its own (results/studies/tuned).
+        "tuned": PATIENT,
         # Where the paper is silent: the other readings.
+        "max_stage{max_stage}": {},
+        "window{window}": {},
+        "select_best": {"best_selection_prob": 1.0},
+        "select_any": {"best_selection_prob": 0.0},
+        "drop_one": {"abandon_rate": 0.25},
+        "isolated": {"crossover_cross_threshold": 1.0, "mutation_cross_threshold": 1.0},
+        "mixing": {"crossover_cross_threshold": 0.5, "mutation_cross_threshold": 0.5},
+        "mutation{mutation_rate}": {},
         "generation_all_twice": {"generation": "all_twice"},
         "fitness_running_mean": {"fitness": "running_mean"},
         "fitness_last": {"fitness": "last"},
@@ -255,7 +292,7 @@ class MEGA(SAC):
         "growth_extend": {"growth": "extend"},
         "replace_at_once": {"replace": "at_once"},
         "trigger_eager": {"solved_threshold": 0.9, "progress_threshold": 0.5},
-        "trigger_patient": {"solved_threshold": 0.2, "progress_threshold": 0.0},
+        "trigger_patient": PATIENT,
         "update_best": {"update_genotype": "best"},
         "update_behaviour": {"update_genotype": "behaviour"},
         "target_best": {"target_genotype": "best"},
@@ -266,6 +303,7 @@ class MEGA(SAC):
         # The readers' open questions, and the authors' code base.
         "critic_genotype": {"critic": "genotype"},
         "hybrid": {"relax": True},
+        "gradient_only": {"relax": True, "max_evaluate_times": 10**6, "evolve": False},
         "authors": {"time_limit": "terminal", "warmup_steps": 4000},
         "ars": ARS,
     }
@@ -294,8 +332,6 @@ class MEGA(SAC):
         self.relaxation = Relaxation(self.decoder, config.relax_lr) if config.relax else None
         self.stage_events: list[list[int]] = []
         """Rows (step, task, old stage, new stage, index into CAUSES)."""
-        self.warming: set[tuple[int, int]] = set()
-        """(task, env) whose episode under way began in the warm-up."""
         self.seconds["genetic"] = 0.0
         self._flying_wiring: Wiring | None = None
         self._best_wiring: Wiring | None = None
@@ -400,6 +436,10 @@ class MEGA(SAC):
         super().reset()
         self._balance_routes()
         self.community.clear_fitness()
+        if self.evolution is not None:
+            self.evolution.clear()
+        if self.relaxation is not None:
+            self.relaxation.restart()
         self._forget()
 
     def step(self) -> None:
@@ -448,10 +488,8 @@ class MEGA(SAC):
 
     def on_episode_start(self, task: int, env: int) -> None:
         """Take a genotype for the episode (Sec. 4.3)."""
-        warmup = self.steps < self.plan.warmup_steps
         with self._genetic():
-            self.community.ask(task, env, warmup)
-        (self.warming.add if warmup else self.warming.discard)((task, env))
+            self.community.ask(task, env, warmup=self.steps < self.plan.warmup_steps)
         self._forget()
 
     def on_episode_end(self, episode: Episode) -> None:
@@ -459,14 +497,17 @@ class MEGA(SAC):
         task, env = episode.task, episode.env
         with self._genetic():
             # First the growth: if this episode completes a generation, its offspring are longer.
-            if self.evolution is not None and (task, env) not in self.warming:
+            if self.evolution is not None and self.community.counts(task, env):
                 cause = self.evolution.record(task, episode.return_, episode.success)
                 if cause is not None and self.community.stage[task] < self.config.max_stage:
                     self._lengthen(task, cause)
-            learnt = None if self.relaxation is None else self.relaxation.rounded
-            if self.community.tell(task, env, episode.return_, learnt):
+            if self.community.tell(task, env, episode.return_, self._learnt):
                 self._renew(task)
         self._forget()
+
+    @property
+    def _learnt(self) -> Learnt | None:
+        return None if self.relaxation is None else self.relaxation.rounded
 
     def _renew(self, task: int) -> None:
         """A task's genotypes are new: their decimals start from their bits."""
@@ -474,7 +515,7 @@ class MEGA(SAC):
             self.relaxation.renew(task)
 
     def _lengthen(self, task: int, cause: int) -> None:
-        stage = self.community.lengthen(task)
+        stage = self.community.lengthen(task, self._learnt)
         self.stage_events.append([self.steps, task, stage - 1, stage, cause])
         self._append_modules(stage)
         if self.config.replace == "at_once":
@@ -502,16 +543,20 @@ class MEGA(SAC):
 
     def probe(self) -> dict[str, np.ndarray]:
         """Stages, their increases, populations, modules used, and the reachable weights."""
-        stage = self.community.stage
-        used = [
-            modules_used(self.decoder.matrix(self.community.best(task).bits))
-            for task in range(self.suite.num_tasks)
-        ]
+        stage, community = self.community.stage, self.community.probe()
+        best = [self.community.best(task) for task in range(self.suite.num_tasks)]
+        bits = [genotype.bits for genotype in best]
+        if self.relaxation is not None:  # the bits nearest to the decimals that act
+            for task, member in np.ndindex(*community["lengths"].shape):
+                learnt = self.relaxation.rounded(self.community.population(task)[member])
+                community["genotypes"][task, member, : len(learnt)] = learnt
+            bits = [self.relaxation.rounded(genotype) for genotype in best]
+        used = [modules_used(self.decoder.matrix(each)) for each in bits]
         return {
             "stage": stage.copy(),
             "stage_events": np.array(self.stage_events, dtype=np.int64).reshape(-1, 5),
             "cause_names": np.array(CAUSES),
-            **self.community.probe(),
+            **community,
             "modules_used": np.array(used, dtype=np.float64),
             "weight_intervals": weight_intervals(
                 int(stage.max()) + 1, self.precision, self.config.offset
@@ -532,7 +577,6 @@ class MEGA(SAC):
             "community": self.community.state_dict(),
             "evolution": evolution,
             "stage_events": self.stage_events,
-            "warming": sorted(self.warming),
             "modules": len(self.actor.stack),
         }
         return super().state_dict() | {"genetic": json.dumps(genetic), "relaxed": relaxed}
@@ -551,7 +595,6 @@ class MEGA(SAC):
         if self.evolution is not None:
             self.evolution.load_state_dict(genetic["evolution"])
         self.stage_events = genetic["stage_events"]
-        self.warming = {(task, env) for task, env in genetic["warming"]}
         self.decoder.clear()
         if self.relaxation is not None:
             self.relaxation.load_state_dict(state["relaxed"])
@@ -571,12 +614,16 @@ class Evolution:
     """
 
     def __init__(self, tasks: int, window: int, solved: float, progress: float) -> None:
-        self.window, self.solved, self.progress = window, solved, progress
-        self._episodes = [0] * tasks
-        self._successes = [0] * tasks
-        self._returns = [0.0] * tasks
-        self._previous: list[float | None] = [None] * tasks
-        self._resting = [False] * tasks
+        self.tasks, self.window, self.solved, self.progress = tasks, window, solved, progress
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with first windows: nothing is known of the tasks."""
+        self._episodes = [0] * self.tasks
+        self._successes = [0] * self.tasks
+        self._returns = [0.0] * self.tasks
+        self._previous: list[float | None] = [None] * self.tasks
+        self._resting = [False] * self.tasks
 
     def record(self, task: int, return_: float, success: bool) -> int | None:
         """Count an episode; an index into `CAUSES` if the stage is to increase now."""

@@ -5,7 +5,6 @@ Verdicts on a run's records, for `bench doctor` and the report; training uses no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +18,6 @@ from algorithms.sac import listed
 Config = Any
 """MEGA's; `algorithms.mega` imports this module."""
 
-COLLAPSED = 0.05
-"""Mean share of differing bits below which a population counts as one genotype; random: 0.5."""
 SAME_NETWORK = 0.1
 """Mean difference of weights of tasks' best genotypes below which they are one network."""
 
@@ -33,28 +30,49 @@ def findings(history: History) -> list[Finding]:
     last = history.probes[-1][1]
     late = [p for step, p in history.probes if step > history.plan.steps_per_task // 2] or [last]
     return [
-        _diversity(history.tasks, late),
+        _diversity(history.tasks, late, config),
         *_clusters(last, config),
         _growth(history, last, config),
         *_after_growth(history, last, config),
         *_culled(last),
         *_dead_modules(late, config),
-        _clones(last),
+        _clones(last, config),
     ]
 
 
-def _diversity(tasks: tuple[str, ...], probes: list[dict[str, np.ndarray]]) -> Finding:
-    """Whether the genotypes of a population still differ."""
+def _diversity(
+    tasks: tuple[str, ...], probes: list[dict[str, np.ndarray]], config: Config
+) -> Finding:
+    """Whether the genotypes of a population still differ by more than mutation alone would bring
+    into copies of one."""
     mean = np.mean([probe["hamming"] for probe in probes], axis=0)  # (T,)
-    collapsed = mean < COLLAPSED
-    share = 100 * mean.mean()
-    words = f"genotypes of one task differ in {share:.0f} % of their bits (random ones: 50 %)"
+    alone = np.mean([_of_copies(probe["lengths"][:, 0], config) for probe in probes], axis=0)
+    collapsed = mean <= 1.1 * alone
+    words = (
+        f"genotypes of one task differ in {100 * mean.mean():.0f} % of their bits (random ones: "
+        f"50 %, copies of one and their mutants: {100 * alone.mean():.0f} %)"
+    )
     if not collapsed.any():
         return Finding("population", "good", words)
     return Finding(
         "population", "bad", f"collapsed in {listed(tasks, collapsed)}: {words}",
         "raise mutation_rate or population_size, or set clones=mutate",
     )  # fmt: skip
+
+
+def _of_copies(lengths: NDArray[np.int64], config: Config) -> NDArray[np.float64]:
+    """(T,) the mean pairwise Hamming distance, as a share of so many bits, of copies of one
+    genotype among which those that an optimisation mutates are fresh mutants."""
+    if config.optimise == "random":
+        return np.zeros(len(lengths))
+    size = config.population_size
+    dropped = config.genetic(size, config.precision).abandoned
+    mutants = dropped - dropped // 2  # Alg. 1: pairs of a crossover and a mutant; an odd one last
+    flipped = np.maximum(np.floor(lengths * config.mutation_rate), 1) / lengths
+    apart = mutants * (size - mutants) * flipped  # a copy and a mutant
+    apart = apart + mutants * (mutants - 1) / 2 * 2 * flipped * (1 - flipped)  # two mutants
+    distances: NDArray[np.float64] = apart / (size * (size - 1) / 2)
+    return distances
 
 
 def _matrices(probe: dict[str, np.ndarray], config: Config) -> NDArray[np.float64]:
@@ -75,11 +93,13 @@ def _matrices(probe: dict[str, np.ndarray], config: Config) -> NDArray[np.float6
 def _clusters(probe: dict[str, np.ndarray], config: Config) -> Iterator[Finding]:
     """Whether the genotypes still tell the tasks apart."""
     flat = _matrices(probe, config).reshape(len(probe["best"]), -1)
-    tasks, levels = len(flat), math.isqrt(flat.shape[1])
+    tasks = len(flat)
     if tasks < 2:
         return
+    bits = probe["lengths"][np.arange(tasks), probe["best"]].tolist()
+    levels = np.array([stage_of(count, int(probe["precision"])) + 1 for count in bits])
     # Half the L1 distance of two levels is the share of their input that differs, 0 to 1.
-    distance = np.abs(flat[:, None] - flat[None]).sum(-1) / 2 / levels
+    distance = np.abs(flat[:, None] - flat[None]).sum(-1) / 2 / np.maximum.outer(levels, levels)
     mean = distance.sum() / (tasks * (tasks - 1))
     share = 100 * mean
     words = f"the best genotypes of two tasks weight {share:.0f} % of what modules read differently"
@@ -117,7 +137,9 @@ def _growth(history: History, probe: dict[str, np.ndarray], config: Config) -> F
             "no end of growth in sight; a larger window or a lower progress_threshold slows it",
         )  # fmt: skip
     return Finding(
-        "growth", "good", f"{words}; {len(events)} increases, {growing.sum()} tasks grew late"
+        "growth",
+        "good",
+        f"{words}; stage increases: {len(events)}, tasks that grew late: {growing.sum()}",
     )
 
 
@@ -126,11 +148,12 @@ def _after_growth(
 ) -> Iterator[Finding]:
     """What a stage increase did to training, a window of episodes before and after it."""
     span = (config.window or 1) * history.plan.horizon
-    success, return_ = [], []
+    tasks, success, return_ = [], [], []
     for step, task, *_ in probe["stage_events"].tolist():
         before = (history.steps > step - span) & (history.steps <= step)
         after = (history.steps > step) & (history.steps <= step + span)
         if before.any() and after.any():
+            tasks.append(task)
             success.append([np.nanmean(history.success[m, task]) for m in (before, after)])
             return_.append([np.nanmean(history.return_[m, task]) for m in (before, after)])
     if not success:
@@ -140,11 +163,21 @@ def _after_growth(
         f"over {len(success)} stage increases the success rate went from {s0:.2f} to {s1:.2f} and "
         f"the return from {r0:.0f} to {r1:.0f}, a window before to a window after"
     )
-    dropped = s1 < s0 - 0.1 or (r0 > 0 and r1 < 0.8 * r0)
-    yield Finding(
-        "after growth", "bad" if dropped else "good", words,
-        "growth=preserve keeps what was learnt" if dropped else "",
-    )  # fmt: skip
+    advice = "growth=preserve keeps what was learnt"
+    if s1 < s0 - 0.1 or (r0 > 0 and r1 < 0.8 * r0):
+        yield Finding("after growth", "bad", words, advice)
+        return
+    # What one task loses disappears in the mean of all; a single window is noisy, so half of it.
+    of_task = {task: np.mean([r for t, r in zip(tasks, return_, strict=True) if t == task], axis=0)
+               for task in tasks}  # fmt: skip
+    halved = np.array([
+        task in of_task and 0 < of_task[task][0] > 2 * of_task[task][1]
+        for task in range(len(history.tasks))
+    ])  # fmt: skip
+    if halved.any():
+        words = f"{words}; it fell by half in {listed(history.tasks, halved)}"
+    yield Finding("after growth", "note" if halved.any() else "good", words,
+                  advice if halved.any() else "")  # fmt: skip
 
 
 def _culled(probe: dict[str, np.ndarray]) -> Iterator[Finding]:
@@ -176,11 +209,14 @@ def _dead_modules(probes: list[dict[str, np.ndarray]], config: Config) -> Iterat
         )  # fmt: skip
 
 
-def _clones(probe: dict[str, np.ndarray]) -> Finding:
-    """Whether breeding brings anything new."""
+def _clones(probe: dict[str, np.ndarray], config: Config) -> Finding:
+    """Whether crossover brings anything new: a mutant nearly always does."""
     rate = float(probe["clone_rate"].mean())
     words = f"{100 * rate:.0f} % of the children equalled a living genotype of their task"
-    if rate <= 0.5:
+    dropped = config.genetic(config.population_size, config.precision).abandoned
+    crossed = 0.0 if config.optimise == "random" else dropped // 2 / dropped
+    if rate <= 0.5 * crossed:
         return Finding("clones", "good", words)
+    words = f"{words}, and crossover makes {100 * crossed:.0f} % of them"
     advice = "a larger population_size or parents=before_drop gives crossover two parents"
     return Finding("clones", "note", words, advice)

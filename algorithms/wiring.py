@@ -58,8 +58,12 @@ class Wiring(NamedTuple):
                 start = stop
 
 
+HELD_WEIGHTS = 2**24
+"""Decoded weights that are held at most, 64 MB; a run's genotypes may be many more."""
+
+
 class Decoder:
-    """Genotypes by number to wirings; each genotype is decoded once."""
+    """Genotypes by number to wirings; what is asked for again is not decoded again."""
 
     def __init__(
         self, community: Community, function: Weighting, offset: float, device: torch.device
@@ -70,7 +74,7 @@ class Decoder:
 
     def clear(self) -> None:
         """Forget all: the community's numbers mean other genotypes now."""
-        self._known = np.zeros(0, dtype=bool)
+        self._place: dict[int, int] = {}  # a genotype's row in the arrays
         self._depth = np.zeros(0, dtype=np.int64)
         self._weights = np.zeros((0, 1, 1), dtype=np.float32)  # laid out as in `Wiring`
         self._needed = np.zeros((0, 1), dtype=bool)  # column k: is M_k connected with the head?
@@ -82,29 +86,40 @@ class Decoder:
 
     def __call__(self, numbers: NDArray[np.integer[Any]]) -> Wiring:
         """The wiring of genotypes (T, G)."""
-        for number in set(numbers.ravel().tolist()):
-            if number >= len(self._known) or not self._known[number]:
-                self._decode(number)
-        depths = self._depth[numbers]  # (T, G)
+        wanted = numbers.ravel().tolist()
+        new = set(wanted) - self._place.keys()
+        if new and self._weights.size > HELD_WEIGHTS:
+            self.clear()
+            new = set(wanted)
+        for number in sorted(new):
+            self._decode(number)
+        places: NDArray[np.integer[Any]] = np.array(
+            [self._place[number] for number in wanted]
+        ).reshape(numbers.shape)
+        depths = self._depth[places]  # (T, G)
         depth = depths.max(1)
         order = np.argsort(-depth, kind="stable")
-        numbers, depths, depth = numbers[order], depths[order], depth[order]
+        places, depths, depth = places[order], depths[order], depth[order]
         levels = int(depth[0]) + 1
-        weights = self._weights[numbers][..., :levels, :levels]  # a copy
-        needed = self._needed[numbers].any((0, 1))
+        weights = self._weights[places][..., :levels, :levels]  # a copy
+        needed = self._needed[places].any((0, 1))
         if (depths != depth[:, None]).any():  # shorter genotypes: their heads become the last level
-            task, row = np.ogrid[: numbers.shape[0], : numbers.shape[1]]
+            task, row = np.ogrid[: places.shape[0], : places.shape[1]]
             heads = weights[task, row, depths]
             weights[task, row, depths] = 0.0
             weights[task, row, depth[:, None]] = heads
         moved = bool((order != np.arange(len(order))).any())
         return Wiring(
-            weights=torch.from_numpy(np.ascontiguousarray(weights)).to(self.device),
+            weights=self._sent(np.ascontiguousarray(weights)),
             depth=tuple(depth.tolist()),
-            order=torch.from_numpy(order).to(self.device) if moved else None,
-            place=torch.from_numpy(np.argsort(order)).to(self.device) if moved else None,
+            order=self._sent(order) if moved else None,
+            place=self._sent(np.argsort(order)) if moved else None,
             idle=frozenset(k for k in range(1, levels) if not needed[k]),
         )
+
+    def _sent(self, array: NDArray[Any]) -> Tensor:
+        """On the device, without waiting for what that is doing."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _decode(self, number: int) -> None:
         weights = self.matrix(self.community.table[number]).astype(np.float32)
@@ -115,12 +130,12 @@ class Decoder:
         depth = int(np.flatnonzero(needed)[-1])
         weights[:-1][~needed[1:]] = 0.0
         weights[depth] = weights[-1]  # what lies between is connected with nothing
-        self._make_room(number + 1, len(weights))
+        place = self._place[number] = len(self._place)
+        self._make_room(place + 1, len(weights))
         levels = depth + 1
-        self._weights[number, :levels, :levels] = weights[:levels, :levels]
-        self._needed[number, :levels] = needed[:levels]
-        self._depth[number] = depth
-        self._known[number] = True
+        self._weights[place, :levels, :levels] = weights[:levels, :levels]
+        self._needed[place, :levels] = needed[:levels]
+        self._depth[place] = depth
 
     def _make_room(self, count: int, levels: int) -> None:
         held, size = self._weights.shape[:2]
@@ -130,7 +145,6 @@ class Decoder:
             self._weights = np.pad(self._weights, ((0, more), (0, wider), (0, wider)))
             self._needed = np.pad(self._needed, ((0, more), (0, wider)))
             self._depth = np.pad(self._depth, (0, more))
-            self._known = np.pad(self._known, (0, more))
 
 
 class Relaxation:
@@ -139,31 +153,45 @@ class Relaxation:
     A genotype's decimals d in [0, 2^p - 1] start from its bits; the actor's loss moves them through
     the weights of Eq. 7-9 whenever an update draws the genotype. Acting, evaluation and targets use
     them as they are. When a generation ends they are rounded to bits, on which the genetic
-    algorithm goes on, and all start anew. A connection whose weight is exactly 0 is not there
-    (Departure 7) and gets no gradient. An episode under way whose genotype was replaced ends with
-    that genotype's bits.
+    algorithm goes on, and all start anew; so it is where a stage increases at once. A connection
+    whose weight is exactly 0 is not there (Departure 7) and gets no gradient. An episode under way
+    whose genotype was replaced ends with that genotype's bits.
     """
 
     def __init__(self, decoder: Decoder, lr: float) -> None:
         self.decoder, self.community = decoder, decoder.community
         self.precision = self.community.settings.precision
         self._optimizer = torch.optim.Adam([torch.zeros(0)], lr=lr)
-        self._decimals: list[list[Tensor]] = [[] for _ in self.community.stage]
-        for task in range(len(self._decimals)):
+        self._decimals: dict[Genotype, Tensor] = {}
+        for task in range(len(self.community.stage)):
             self.renew(task)
 
     def renew(self, task: int) -> None:
         """Start a task's decimals from the bits of its genotypes."""
-        for tensor in self._decimals[task]:
-            self._optimizer.state.pop(tensor, None)
-        self._decimals[task] = [
-            torch.tensor(
+        fresh = {
+            genotype: torch.tensor(
                 np.concatenate(decode(genotype.bits, self.precision)).astype(np.float32),
                 device=self.decoder.device, requires_grad=True,
             )
             for genotype in self.community.population(task)
-        ]  # fmt: skip
-        self._optimizer.param_groups[0]["params"] = [t for ts in self._decimals for t in ts]
+        }  # fmt: skip
+        self._decimals |= fresh
+        self._list()
+
+    def restart(self) -> None:
+        """Begin the optimiser anew; genotypes, whatever their order now, keep their decimals."""
+        self._optimizer.state.clear()
+        self._list()
+
+    def _list(self) -> None:
+        """Keep what belongs to living genotypes, in their order."""
+        tasks = range(len(self.community.stage))
+        living = [genotype for task in tasks for genotype in self.community.population(task)]
+        self._decimals = {g: self._decimals[g] for g in living if g in self._decimals}
+        listed = list(self._decimals.values())
+        self._optimizer.param_groups[0]["params"] = listed
+        for tensor in self._optimizer.state.keys() - set(listed):
+            del self._optimizer.state[tensor]
 
     @torch.enable_grad()
     def __call__(self, genotypes: list[list[Genotype]], wiring: Wiring) -> Wiring:
@@ -174,18 +202,18 @@ class Relaxation:
         relaxed = torch.zeros(weights.shape[:2], dtype=torch.bool)
         for place, task in enumerate(order):
             for group, genotype in enumerate(genotypes[task]):
-                decimals = self._of(task, genotype)
-                stage = stage_of(len(genotype.bits), self.precision)
-                if decimals is None or stage > wiring.depth[place]:  # its end is read by nothing
+                decimals = self._decimals.get(genotype)
+                if decimals is None:
                     continue
+                stage, depth = stage_of(len(genotype.bits), self.precision), wiring.depth[place]
                 rows, columns = np.tril_indices(stage + 1)
-                rows[rows == stage] = wiring.depth[place]  # the head's, as in `Wiring`
+                head = rows == stage
+                rows[head] = depth  # as in `Wiring`, which leaves out what no head is reached by
+                there = np.where(head, columns <= depth, rows < depth)
                 relaxed[place, group] = True
-                values.append(decimals)
-                places.append(
-                    np.ravel_multi_index((np.int64(place), np.int64(group), rows, columns),
-                                         weights.shape)
-                )  # fmt: skip
+                values.append(decimals[torch.from_numpy(np.flatnonzero(there)).to(weights.device)])
+                cell = np.int64(place), np.int64(group), rows[there], columns[there]
+                places.append(np.ravel_multi_index(cell, weights.shape))
         if not values:
             return wiring
         table = torch.zeros(weights.numel(), dtype=torch.float64, device=weights.device)
@@ -194,12 +222,6 @@ class Relaxation:
         new = self._normalised(table, weights > 0).to(weights.dtype)
         mask = relaxed[..., None, None].to(weights.device)
         return wiring._replace(weights=torch.where(mask, new, weights))
-
-    def _of(self, task: int, genotype: Genotype) -> Tensor | None:
-        for member, living in enumerate(self.community.population(task)):
-            if living is genotype:
-                return self._decimals[task][member]
-        return None
 
     def _normalised(self, decimals: Tensor, present: Tensor) -> Tensor:
         """HalfSoftmax (Eq. 7-9) or Softmax along the last axis, over what is present; else zero."""
@@ -225,25 +247,25 @@ class Relaxation:
         for tensor in self._optimizer.param_groups[0]["params"]:
             tensor.clamp_(0, 2**self.precision - 1)
 
-    def rounded(self, task: int, member: int) -> NDArray[np.uint8]:
+    def rounded(self, genotype: Genotype) -> NDArray[np.uint8]:
         """The bits (L,) nearest to a living genotype's decimals."""
-        decimals = self._decimals[task][member].detach().cpu().numpy()
+        decimals = self._decimals[genotype].detach().cpu().numpy()
         return encode(np.rint(decimals).astype(np.int64), self.precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Decimals and their optimiser's state."""
         return {
-            "decimals": [[t.detach() for t in task] for task in self._decimals],
+            "decimals": [tensor.detach() for tensor in self._decimals.values()],
             "optimizer": self._optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`, after the community's."""
+        for task in range(len(self.community.stage)):
+            self.renew(task)
         with torch.no_grad():
-            for task, saved in enumerate(state["decimals"]):
-                self.renew(task)
-                for tensor, values in zip(self._decimals[task], saved, strict=True):
-                    tensor.copy_(values)
+            for tensor, values in zip(self._decimals.values(), state["decimals"], strict=True):
+                tensor.copy_(values)
         self._optimizer.load_state_dict(state["optimizer"])
 
 
@@ -469,8 +491,8 @@ def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[Dense, Dens
     """The inner and the outer layer of each `GenotypeModule`, from their parameters in a row."""
     each = len(parameters) // max(count, 1)
     layers = []
-    for start in range(0, len(parameters), each):
-        w_in, b_in, w_out, b_out, *norms = parameters[start : start + each]
+    for module in range(count):
+        w_in, b_in, w_out, b_out, *norms = parameters[each * module : each * (module + 1)]
         inner, outer = (norms[:2], norms[2:]) if norms else ((None, None), (None, None))
         layers.append((Dense(w_in, b_in, *inner), Dense(w_out, b_out, *outer)))
     return layers

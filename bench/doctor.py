@@ -80,7 +80,9 @@ def run_checks(store: RunStore) -> list[Check]:
         _identity(store, spec), _lease(store), *_checkpoints(store, state), _metrics(store, spec),
         _whole_lines(store, "timing.csv"), _probes(store), *_sums(store, state), _leftovers(store),
     ]  # fmt: skip
-    for finding in health_of(store) if all(c["result"] != "bad" for c in checks) else []:
+    # Whatever ended a run, what it recorded is judged; not so where its files are damaged.
+    whole = all(c["result"] != "bad" for c in checks if c["check"] not in ("state", "error"))
+    for finding in health_of(store) if whole else []:
         checks.append(
             _check(finding["check"], finding["result"], finding["verdict"], finding["advice"])
         )

@@ -344,9 +344,11 @@ def variant_values(agent: type[Agent], name: str, variant: str) -> dict[str, Any
         return {}
     for pattern, values in agent.VARIANTS.items():
         fields = re.findall(r"\{(\w+)\}", pattern)
-        regex = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d{1,9})", re.escape(pattern))
+        number = r"(?P<\1>\\d{1,9}(?:[.]\\d{1,9})?)"
+        regex = re.sub(r"\\\{(\w+)\\\}", number, re.escape(pattern))
         if found := re.fullmatch(regex, variant):
-            return values | {field: int(found[field]) for field in fields}
+            texts = {field: found[field] for field in fields}
+            return values | {f: float(t) if "." in t else int(t) for f, t in texts.items()}
     known = [f"{name}@{pattern}" for pattern in agent.VARIANTS]
     if not known:
         raise SpecError(f"unknown variant {name}@{variant}: {name} has no variants")
@@ -530,4 +532,5 @@ def explain(owner: str, problem: Any) -> str:
 
 def _variants_like(agent: type[Agent], config: AgentConfig) -> list[str]:
     """All variants of an algorithm, ``fixed{n}`` with the value that ``config`` has."""
-    return [pattern.format_map(config.model_dump()) for pattern in agent.VARIANTS]
+    values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in config.model_dump().items()}
+    return [pattern.format_map(values) for pattern in agent.VARIANTS]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from campaign import campaign
 
+from bench.doctor import run_checks
 from bench.launch import Local
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
@@ -281,6 +282,8 @@ def test_a_disk_that_is_full_for_a_moment(
     status = store.status()
     assert status["state"] == "failed"
     assert "No space left on device" in status["error"]
+    if what == "probe":  # what there is of the run is judged all the same
+        assert {"state", "population"} <= {row["check"] for row in run_checks(store)}
     assert main([str(store.path)]) == 0
     assert measured(store) == measured(finished("mega"))
 

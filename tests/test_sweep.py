@@ -82,6 +82,16 @@ def test_every_shipped_ablation_resolves() -> None:
         assert entry["description"]
 
 
+def test_many_tasks_have_time_for_generations_and_growth() -> None:
+    """Otherwise its share of the genetic algorithm would be that of drawing genotypes alone."""
+    entry = ablations()["many_tasks"]
+    (spec,) = expand([Request(["mega"], [entry["suite"]], [0], "cpu", entry["set"])])
+    plan, config = spec.protocol.plan, spec.config
+    counted = (plan.steps_per_task - plan.warmup_steps) // plan.horizon
+    assert counted // (config["population_size"] * config["max_evaluate_times"]) >= 3
+    assert counted >= 3 * config["window"]  # the third window may already follow an increase
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("label", sorted({a for e in ablations().values() for a in e["algos"]}))
 def test_every_row_of_the_shipped_ablations_trains(
