@@ -500,7 +500,7 @@ class MEGA(SAC):
             if self.evolution is not None and self.community.counts(task, env):
                 cause = self.evolution.record(task, episode.return_, episode.success)
                 if cause is not None and self.community.stage[task] < self.config.max_stage:
-                    self._lengthen(task, cause)
+                    self.lengthen(task, cause)
             if self.community.tell(task, env, episode.return_, self._learnt):
                 self._renew(task)
         self._forget()
@@ -514,7 +514,8 @@ class MEGA(SAC):
         if self.relaxation is not None:
             self.relaxation.renew(task)
 
-    def _lengthen(self, task: int, cause: int) -> None:
+    def lengthen(self, task: int, cause: int) -> None:
+        """Move a task up one stage, for that of `CAUSES` (Sec. 4.4)."""
         stage = self.community.lengthen(task, self._learnt)
         self.stage_events.append([self.steps, task, stage - 1, stage, cause])
         self._append_modules(stage)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import algorithms
 from bench import machine
 from bench.evaluate import episodes_needed, evaluate
+from bench.frames import read_probes
 from bench.replay import ReplayBuffer
 from bench.spec import Protocol, RunSpec, SpecError
 from bench.store import BusyError, RunStore, StoreError
@@ -304,6 +305,28 @@ def test_other_shapes_of_the_loop_resume_as_well(
         with pytest.raises(Interrupted):
             train(spec, other, stop=lambda: next(calls), workers=2)
     train(spec, other)
+    assert measured(one) == measured(other)
+
+
+@pytest.mark.parametrize("label", ["mega", "mega@hybrid"])
+def test_stages_that_increase_between_interruptions(
+    label: str, toy_spec: ToySpec, open_store: Open, measured: Measured, tmp_path: Path
+) -> None:
+    """Modules and genotypes grow before, between and after two interruptions."""
+    spec = toy_spec(
+        label, steps_per_task=500, window=2, solved_threshold=1.0, progress_threshold=10.0
+    )
+    one, other = open_store(tmp_path / "a", spec), open_store(tmp_path / "b", spec)
+    train(spec, one)
+    grown = []
+    for count in (10, 6):
+        calls = iter([False] * count + [True])
+        with pytest.raises(Interrupted):
+            train(spec, other, stop=lambda: next(calls))  # noqa: B023
+        grown.append(len(read_probes(other)[-1][1]["stage_events"]))
+    train(spec, other)
+    grown.append(len(read_probes(other)[-1][1]["stage_events"]))
+    assert 0 < grown[0] < grown[1] < grown[2]
     assert measured(one) == measured(other)
 
 

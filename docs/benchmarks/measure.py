@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from algorithms import names
+from algorithms.mega import MEGA
 from bench import machine
-from bench.speed import simulator_rows, speed_rows
+from bench.spec import RunSpec
+from bench.speed import example_batch, median_seconds, simulator_rows, speed_rows, work
 from reports.drawing import STYLE, legend, looks, new_figure
 
 HERE = Path(__file__).resolve().parent
@@ -34,6 +38,8 @@ EVERY = tuple(dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "mega@cr
 """MT-SAC first: ratios are to it."""
 TASKS = (1, 10, 25, 50, 200)
 BATCHES = (8, 16, 32, 64, 128, 256)
+HIGH = (0, 1, 3, 5, 10)
+"""Tasks of ten that stand at stage 24."""
 AIMS = {
     "mega": 1.5, "d2r": 1.8, "soft_module": 1.6, "moore": 2.6, "care": 1.3, "paco": 1.4,
     "mtmh_sac": 1.1, "mega@critic_mlp": 1.05,
@@ -48,10 +54,44 @@ def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) 
     return speed_rows(labels, suites, [preset], "cpu", **settings)
 
 
+def mixed() -> Rows:
+    """MEGA's update, with a plain critic, while some of ten tasks stand at stage 24 and the others
+    at 3; and the longest that an increase took which appends a module."""
+    change = {"mega.replace": "at_once"}
+    spec = RunSpec.resolve("mega@critic_mlp", "mt10_rand", 0, preset_name="paper", overrides=change)
+    suite, plan = spec.make_suite().spec, spec.protocol.plan
+    agents, grown = [], []
+    for high in HIGH:
+        agent = spec.agent(suite, spec.agent_config, plan, seed=0)
+        assert isinstance(agent, MEGA)
+        for task in range(high):
+            for _ in range(3, 24):
+                started = time.perf_counter()
+                agent.lengthen(task, 0)
+                if task == 0:  # the others find the modules there
+                    grown.append(time.perf_counter() - started)
+        agents.append(agent)
+    batch = example_batch(agents[0], spec.protocol.batch_per_task, {})
+    rounds = [
+        [median_seconds(partial(agent.update, batch), 1) for agent in agents] for _ in range(5)
+    ]
+    return [
+        {
+            "high": high,
+            "update_ms": 1e3 * min(each[place] for each in rounds),
+            "gflop": work(agent, batch),
+            "growth_ms": 1e3 * max(grown),
+            "processor": machine.hardware("cpu")["processor"],
+        }
+        for place, (high, agent) in enumerate(zip(HIGH, agents, strict=True))
+    ]
+
+
 PARTS: dict[str, Callable[[], Rows]] = {
     "paper": lambda: speed(EVERY, ["mt10_rand"], "paper"),
     "simulators": lambda: simulator_rows("mt10_rand", 10),
     "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
+    "mixed": mixed,
     "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
     "batches": lambda: [
         row
@@ -132,6 +172,25 @@ def of_step(found: dict[str, Rows]) -> Rows:
     return shown
 
 
+def of_mixed(found: dict[str, Rows]) -> Rows:
+    """MEGA's update against how many of its tasks have grown."""
+    least, most = found["mixed"][0], found["mixed"][-1]
+
+    def share(row: dict[str, Any], of: str) -> str:
+        return f"{(row[of] - least[of]) / (most[of] - least[of]):.0%}"
+
+    return [
+        {
+            "tasks at stage 24, of ten": row["high"],
+            "ms per update": f"{row['update_ms']:.0f}",
+            "of the way from none to all": share(row, "update_ms"),
+            "GFLOP of products": f"{row['gflop']:.1f}",
+            "of the way": share(row, "gflop"),
+        }
+        for row in found["mixed"]
+    ]
+
+
 def of_machines(found: dict[str, Rows]) -> Rows:
     """Simulators."""
     return [
@@ -144,7 +203,10 @@ def of_machines(found: dict[str, Rows]) -> Rows:
     ]
 
 
-TABLES = {"paper": of_paper, "sizes": of_sizes, "step": of_step, "simulators": of_machines}
+TABLES = {
+    "paper": of_paper, "sizes": of_sizes, "step": of_step, "mixed": of_mixed,
+    "simulators": of_machines,
+}  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
