@@ -29,6 +29,7 @@ from reports.drawing import (
     title,
 )
 from reports.frames import Ablation, MissingError, Section, generator
+from reports.running import success_by_hours
 
 
 def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
@@ -201,29 +202,10 @@ def sample_efficiency(section: Section) -> Drawing:
     )
 
 
-def _hours(section: Section) -> pd.DataFrame:
-    """Mean success over tasks against the hours that each run had trained by then."""
-    rows = _curve_rows(section, "success")
-    totals = section.timing[section.timing["section"] == "total"]
-    clocks = {run: clock.set_index("step")["seconds"] for run, clock in totals.groupby("run")}
-    means = rows.groupby(["label", "run", "finished", "step"])["value"].mean().reset_index()
-    means = means[means["run"].isin(clocks)]
-    if means.empty:
-        raise MissingError("no evaluated run has recorded its times")
-    hours = [
-        np.interp(curve["step"], [0, *clocks[run].index], [0.0, *clocks[run]]) / 3600
-        for run, curve in means.groupby("run", sort=False)
-    ]
-    order = means.groupby("run", sort=False).indices
-    return means.assign(
-        hours=pd.Series(np.concatenate(hours), np.concatenate(list(order.values())))
-    )
-
-
 @figure("success_per_hour")
 def success_per_hour(section: Section) -> Drawing:
     """Mean success over tasks against wall-clock hours of training."""
-    rows = _hours(section)
+    rows = success_by_hours(section)
     styles = section_looks(section)
     made = new_figure(3.2)
     axes = made.subplots()

@@ -121,6 +121,79 @@ def compute(section: Section) -> Table:
     )
 
 
+def success_by_hours(section: Section) -> pd.DataFrame:
+    """Mean success over tasks at each evaluation and the ``hours`` that its run had trained.
+
+    A row per label, run, finished and step. Raises MissingError if there is none.
+    """
+    rows = section.curves("success")
+    if rows.empty:
+        raise MissingError("no run has been evaluated for success during training yet")
+    totals = section.timing[section.timing["section"] == "total"]
+    clocks = {run: clock.set_index("step")["seconds"] for run, clock in totals.groupby("run")}
+    means = rows.groupby(["label", "run", "finished", "step"])["value"].mean().reset_index()
+    means = means[means["run"].isin(clocks)]
+    if means.empty:
+        raise MissingError("no evaluated run has recorded its times")
+    hours = [
+        np.interp(curve["step"], [0, *clocks[run].index], [0.0, *clocks[run]]) / 3600
+        for run, curve in means.groupby("run", sort=False)
+    ]
+    order = means.groupby("run", sort=False).indices
+    return means.assign(
+        hours=pd.Series(np.concatenate(hours), np.concatenate(list(order.values())))
+    )
+
+
+MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1_440, 2_880, 7_200)
+"""Times of training at which algorithms are compared; the last few within a section's runs."""
+
+
+@table("equal_time")
+def equal_time(section: Section) -> Table:
+    """Success after equal times of training: what an hour buys, whatever a step costs."""
+    rows = success_by_hours(section)
+    rows = rows[rows["finished"]]
+    if rows.empty:
+        raise MissingError("no finished run has recorded its times")
+    spans = rows.groupby("run")["hours"].agg(["min", "max"])
+    times = [m for m in MINUTES if spans["min"].min() <= m / 60 <= spans["max"].max()][-5:]
+    shown, data = [], []
+    for label in [label for label in section.labels if label in set(rows["label"])]:
+        runs = [run for _, run in rows[rows["label"] == label].groupby("run")]
+        ends = [float(run["hours"].iloc[-1]) for run in runs]
+        after = {}
+        for minutes in times:
+            reached = [
+                float(np.interp(minutes / 60, run["hours"], run["value"]))
+                if run["hours"].iloc[0] <= minutes / 60 <= run["hours"].iloc[-1] else np.nan
+                for run in runs
+            ]  # fmt: skip
+            after[minutes] = float(np.mean(reached))  # of all runs or of none
+        end = float(np.mean([run["value"].iloc[-1] for run in runs]))
+        cells = [rate(value) for value in after.values()]
+        shown.append((label, str(len(runs)), *cells, f"{60 * np.mean(ends):.0f} min", rate(end)))
+        data += [
+            {"suite": section.suite, "algorithm": label, "runs": len(runs), "minutes": minutes,
+             "success": value}
+            for minutes, value in [*after.items(), (60 * float(np.mean(ends)), end)]
+        ]  # fmt: skip
+    words = [f"{m} min" if m < 60 else f"{m // 60} h" for m in times]
+    return Table(
+        title="Success for equal time",
+        columns=("Algorithm", "Runs", *(f"After {each}" for each in words), "End", "At its end"),
+        rows=shown,
+        data=pd.DataFrame(data),
+        caption=section.caption(
+            "Success rate of the evaluations, mean over tasks, then over finished runs, between "
+            "the two evaluations nearest to so much wall-clock training (evaluations included). "
+            f"{ABSENT}: not all runs of the algorithm had been evaluated by then, or some had "
+            "ended. Times depend on the machine and on what else ran on it: "
+            f"{'; '.join(section.hardware) or 'hardware not recorded'}."
+        ),
+    )
+
+
 @table("health")
 def health(section: Section) -> Table:
     """What each algorithm says of its runs: learning, populations, growth."""

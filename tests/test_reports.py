@@ -314,6 +314,34 @@ def test_compute_table_shares_and_speed() -> None:
     assert row["Actor + critic M"] == "0.49 + 0.68"
 
 
+def test_success_for_equal_time() -> None:
+    """mega trains its 100,000 steps in 50 minutes, d2r in 100: an evaluation each 5 and 10."""
+    results = make_results(("mega", "d2r"), seeds=2)
+    slow = results.timing["run"].str.contains("/d2r/")
+    timing = results.timing.assign(
+        seconds=results.timing["seconds"].where(~slow, 2 * results.timing["seconds"])
+    )
+    (section,) = sections(replace(results, timing=timing))
+    made = TABLES["equal_time"](section)
+    assert made.columns[2:] == (
+        "After 5 min", "After 10 min", "After 15 min", "After 30 min", "After 1 h", "End",
+        "At its end",
+    )  # fmt: skip
+    curve = section.curves("success").groupby(["label", "step"])["value"].mean()
+    rows = {row[0]: row[1:] for row in made.rows}
+    assert rows["mega"][0] == "2"
+    assert rows["mega"][4:] == (
+        f"{curve['mega', 60_000]:.2f}", "–", "50 min", f"{curve['mega', 100_000]:.2f}"
+    )  # fmt: skip
+    assert rows["d2r"][4:] == (
+        f"{curve['d2r', 30_000]:.2f}", f"{curve['d2r', 60_000]:.2f}", "100 min",
+        f"{curve['d2r', 100_000]:.2f}",
+    )  # fmt: skip
+    halfway = made.data.set_index(["algorithm", "minutes"])["success"]["d2r", 15]
+    between = (curve["d2r", 10_000] + curve["d2r", 20_000]) / 2
+    assert halfway == pytest.approx(between)
+
+
 def test_a_run_without_a_tasks_final_evaluation_is_missing(tmp_path: Path) -> None:
     made = without_curves(make_results(("mega", "d2r"), seeds=3))
     cut = made.metrics["run"].str.contains("mega/2") & (made.metrics["task"] == MT10[0])
