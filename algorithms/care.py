@@ -21,6 +21,8 @@ Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); 
     (384 numbers, unit length) and brought to RoBERTa's 768 by a fixed matrix of N(0, 1) entries,
     seed 0. A task without a sentence, of another suite, gets a fixed vector drawn from its name.
  2. Each critic has a context network of its own; the actor reads the first one's.
+ 3. Output layers of context network and gate start near zero, as every network's here, so attention
+    starts uniform; the authors draw them as every layer of theirs (Xavier).
 """
 
 from __future__ import annotations

@@ -522,6 +522,7 @@ class Community:
         self._gone = np.zeros(len(stages), dtype=np.int64)
         self._culled = np.zeros(len(stages), dtype=np.int64)
         self._flights: list[dict[int, _Flight]] = [{} for _ in stages]
+        self._champions: list[Genotype | None] = [None] * len(stages)
         self._populations = [self._random_population(task) for task in range(len(stages))]
 
     def population(self, task: int) -> tuple[Genotype, ...]:
@@ -540,6 +541,13 @@ class Community:
             if genotype.count and genotype.fitness > fitness:
                 best, fitness = genotype, genotype.fitness
         return best
+
+    def champion(self, task: int) -> Genotype:
+        """The best of the last complete generation, though it may live no more; `best` before that.
+
+        While a generation is under way, `best` compares single returns of some of its genotypes.
+        """
+        return self._champions[task] or self.best(task)
 
     def draw(self, task: int) -> Genotype:
         """The best with probability ``best_selection_prob``, otherwise one uniformly."""
@@ -602,6 +610,7 @@ class Community:
         genotype.count += 1
         if not self._complete(population):
             return False
+        self._champions[task] = self._ranked(task)[0]
         changed = self._inherit(task, learnt)
         self._replace(task, self._optimised(task))
         for genotype in changed:
@@ -825,14 +834,21 @@ class Community:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next choices depend on, as numbers, strings and lists (fit for JSON)."""
-        in_flight = []
-        for task, flights in enumerate(self._flights):
+
+        def place(task: int, genotype: Genotype) -> list[int]:
+            """Its place in the population, -1 if it lives no more and is known by its id alone."""
             population = self._populations[task]
-            for env, flight in flights.items():
-                # -1: no longer living, known by its id alone.
-                lives = flight.genotype in population
-                member = population.index(flight.genotype) if lives else -1
-                in_flight.append([task, env, member, flight.genotype.id, int(flight.counts)])
+            return [population.index(genotype) if genotype in population else -1, genotype.id]
+
+        in_flight = [
+            [task, env, *place(task, flight.genotype), int(flight.counts)]
+            for task, flights in enumerate(self._flights)
+            for env, flight in flights.items()
+        ]
+        champions = [
+            None if champion is None else place(task, champion)
+            for task, champion in enumerate(self._champions)
+        ]
         return {
             "rng": json.dumps(self._rng.bit_generator.state),
             "table": str(self.table),
@@ -847,6 +863,7 @@ class Community:
                 for population in self._populations
             ],
             "in_flight": in_flight,
+            "champions": champions,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -872,11 +889,15 @@ class Community:
             ]
             for population in state["populations"]
         ]
+
+        def at(task: int, member: int, number: int) -> Genotype:
+            gone = member < 0
+            return Genotype(number, self.table[number]) if gone else self._populations[task][member]
+
         self._flights = [{} for _ in self._populations]
         for task, env, member, number, counts in state["in_flight"]:
-            genotype = (
-                Genotype(number, self.table[number])
-                if member < 0
-                else self._populations[task][member]
-            )
-            self._flights[task][env] = _Flight(genotype, bool(counts))
+            self._flights[task][env] = _Flight(at(task, member, number), bool(counts))
+        self._champions = [
+            None if place is None else at(task, *place)
+            for task, place in enumerate(state["champions"])
+        ]

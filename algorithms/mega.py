@@ -30,7 +30,9 @@ The task enters the actor through its genotype alone. Critics are D2R's (`algori
     task's stage reaches it, so the method has no largest size; ``max_stage`` guards memory alone.
  4. Which genotype drives an update is not published: each update draws one per task as episodes
     do, and uses it at s and s' (``update_genotype``, ``target_genotype``).
- 5. Evaluation runs each task's best genotype with the mean action and touches no population.
+ 5. Evaluation runs, with the mean action, the best genotype of each task's last complete
+    generation: in the one under way some have a single return or none (``evaluate_genotype``).
+    It touches no population.
  6. D2R's critics draw routes for their own loss, at temperatures balanced by alpha, and take the
     largest logits otherwise, as in D2R's code.
  7. Only weights that are exactly zero in float32 are skipped. With rows of different genotypes in
@@ -154,6 +156,9 @@ class MEGAConfig(SACConfig):
     transition (stored with it), or the best (Departure 4)."""
     target_genotype: Literal["same", "best"] = "same"
     """Genotype at s': the same as at s, or the best (Departure 4)."""
+    evaluate_genotype: Literal["champion", "best"] = "champion"
+    """Genotype that evaluation runs: the best of the last complete generation, or the fittest so
+    far in the one under way (Departure 5)."""
     relax: bool = False
     """Train each weight's decimal as a real number in [0, 2^p - 1] by the actor loss; it starts
     from the genotype's bits and is rounded back to bits when its generation ends, so that children
@@ -295,6 +300,7 @@ class MEGA(SAC):
         "trigger_patient": PATIENT,
         "update_best": {"update_genotype": "best"},
         "update_behaviour": {"update_genotype": "behaviour"},
+        "evaluate_best": {"evaluate_genotype": "best"},
         "target_best": {"target_genotype": "best"},
         "residual": {"residual": True},
         "identity_embedding": {"task_identity": "embedding"},
@@ -335,6 +341,7 @@ class MEGA(SAC):
         self.seconds["genetic"] = 0.0
         self._flying_wiring: Wiring | None = None
         self._best_wiring: Wiring | None = None
+        self._evaluated_wiring: Wiring | None = None
         self._flying_ids = np.zeros((tasks, 0), dtype=np.int32)
         self._drawn: dict[str, Wiring] = {}
         if config.update_genotype == "behaviour":
@@ -403,14 +410,14 @@ class MEGA(SAC):
 
     def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
         """Gaussian parameters (T, B, 2A): exploring under each environment's genotype, greedy under
-        each task's best, learning under those drawn for the update."""
+        that which is evaluated, learning under those drawn for the update."""
         stored: Extras = {}
         if phase == "explore":
             wiring = self._flying(obs.shape[1])
             if self.extras_spec:
                 stored = {"genotype": torch.from_numpy(self._flying_ids)}
         elif phase == "exploit":
-            wiring = self._best()
+            wiring = self._evaluated()
         else:
             wiring = self._drawn[phase]
         output: Tensor = self.actor(obs[None], wiring)
@@ -472,9 +479,21 @@ class MEGA(SAC):
             self._best_wiring = self._wire(best)
         return self._best_wiring
 
+    def _evaluated(self) -> Wiring:
+        """Those of the genotypes that evaluation runs."""
+        if self._evaluated_wiring is None:
+            tasks = range(self.suite.num_tasks)
+            self._evaluated_wiring = self._wire([[self.evaluated(task)] for task in tasks])
+        return self._evaluated_wiring
+
+    def evaluated(self, task: int) -> Genotype:
+        """The genotype that evaluation runs (Departure 5)."""
+        champion = self.config.evaluate_genotype == "champion"
+        return self.community.champion(task) if champion else self.community.best(task)
+
     def _forget(self) -> None:
         """Populations or episodes changed: wirings made of them no longer hold."""
-        self._flying_wiring = self._best_wiring = None
+        self._flying_wiring = self._best_wiring = self._evaluated_wiring = None
 
     # ---------------------------------------------------------------------- evolution and growth
 
@@ -545,13 +564,13 @@ class MEGA(SAC):
     def probe(self) -> dict[str, np.ndarray]:
         """Stages, their increases, populations, modules used, and the reachable weights."""
         stage, community = self.community.stage, self.community.probe()
-        best = [self.community.best(task) for task in range(self.suite.num_tasks)]
-        bits = [genotype.bits for genotype in best]
+        acting = [self.evaluated(task) for task in range(self.suite.num_tasks)]
+        bits = [genotype.bits for genotype in acting]
         if self.relaxation is not None:  # the bits nearest to the decimals that act
             for task, member in np.ndindex(*community["lengths"].shape):
                 learnt = self.relaxation.rounded(self.community.population(task)[member])
                 community["genotypes"][task, member, : len(learnt)] = learnt
-            bits = [self.relaxation.rounded(genotype) for genotype in best]
+            bits = [self.relaxation.rounded(genotype) for genotype in acting]
         used = [modules_used(self.decoder.matrix(each)) for each in bits]
         return {
             "stage": stage.copy(),

@@ -60,7 +60,8 @@ class SACConfig(AgentConfig):
     """Weight of a task's actor and critic losses: T softmax(-log alpha) (both authors' code),
     T softmax(-alpha) (as Soft Modularization Eq. 11 and D2R Eq. 15 print it), or 1."""
     extreme_loss: Annotated[float, Field(gt=0)] | None = 3e3
-    """A task whose losses sum to more than this is left out of the step (D2R App. A.2)."""
+    """A task whose losses sum to more than this is left out of the step (D2R App. A.2). With
+    balanced rewards: than this times the square of the task's factor, as its squared errors."""
     reward_scale: Annotated[float, Field(gt=0)] = 0.1
     """Factor on rewards in the losses (MEGA Table 2); returns are reported unscaled."""
     time_limit: Literal["bootstrap", "terminal"] = "bootstrap"
@@ -236,7 +237,8 @@ class SAC(Agent):
             surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
             alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
 
-            weight, kept = self.task_weights(critic_loss + actor_loss + alpha_loss, alpha)
+            total_loss = critic_loss + actor_loss + alpha_loss
+            weight, kept = self.task_weights(total_loss, self.log_alpha.detach())
             loss = (weight * (critic_loss + actor_loss) + kept * alpha_loss).mean()
             torch.autograd.backward(loss)
         self.step()
@@ -285,16 +287,18 @@ class SAC(Agent):
         mean, std = split_gaussian(self.policy(obs, phase, extras)[0])
         return squash(mean, std, self.normal(mean.shape))
 
-    def task_weights(self, total_loss: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def task_weights(self, total_loss: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Loss weight and mask of each task, both (T,), constants to the gradient."""
         total = total_loss.detach()
         limit = self.config.extreme_loss
-        kept = torch.ones_like(total) if limit is None else (total <= limit).to(total.dtype)
+        kept = torch.ones_like(total)
+        if limit is not None:
+            kept = (total <= limit * self.balance[:, 0, 0].square()).to(total.dtype)
         # A loss that is not a number must surface as such, not vanish behind the mask.
         kept = torch.where(total.isfinite(), kept, total)
         if self.config.loss_weight == "none":
             return kept, kept
-        logit = alpha.log() if self.config.loss_weight == "log_alpha" else alpha
+        logit = log_alpha if self.config.loss_weight == "log_alpha" else log_alpha.exp()
         return kept * len(total) * torch.softmax(-logit[:, 0, 0], 0), kept
 
     @contextmanager

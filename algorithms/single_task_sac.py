@@ -49,7 +49,7 @@ class SingleTaskSAC(SAC):
             copies=copies, modules=self.suite.num_tasks, layer_norm=layer_norm,
         )  # fmt: skip
 
-    def task_weights(self, total_loss: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def task_weights(self, total_loss: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
         """T for each task, which makes the mean over tasks a sum."""
         every = total_loss.detach() * 0 + len(total_loss)
         return every, every

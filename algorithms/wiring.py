@@ -248,7 +248,9 @@ class Relaxation:
             tensor.clamp_(0, 2**self.precision - 1)
 
     def rounded(self, genotype: Genotype) -> NDArray[np.uint8]:
-        """The bits (L,) nearest to a living genotype's decimals."""
+        """The bits (L,) nearest to a genotype's decimals; its own if it lives no more."""
+        if genotype not in self._decimals:
+            return genotype.bits
         decimals = self._decimals[genotype].detach().cpu().numpy()
         return encode(np.rint(decimals).astype(np.int64), self.precision)
 

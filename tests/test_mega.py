@@ -306,7 +306,7 @@ def test_the_decoder_holds_a_bounded_number_of_genotypes(monkeypatch: pytest.Mon
 
 
 def test_growth_appends_and_disturbs_nothing() -> None:
-    agent = make(replace="at_once", window=6)
+    agent = make(replace="at_once", window=6, evaluate_genotype="best")
     for seed in range(3):
         agent.update(batch(agent, seed=seed))
     obs = observations(3, 5)
@@ -636,17 +636,53 @@ def test_evaluation_and_probes_touch_nothing() -> None:
     assert torch.equal(after["noise"], state["noise"])
 
 
+def evaluated(agent: MEGA, genotypes: list[Any]) -> None:
+    """That evaluation acts with these genotypes' mean actions."""
+    obs = observations(agent.suite.num_tasks, 4)
+    wiring = agent.decoder(np.array([[genotype.id] for genotype in genotypes]))
+    with torch.no_grad():
+        mean = agent.actor(torch.from_numpy(obs)[None], wiring)[0, ..., :4]
+    np.testing.assert_array_equal(greedy(agent, obs), mean.tanh().numpy())
+
+
 def test_evaluation_runs_the_best_with_the_mean() -> None:
     agent = make()
     for return_ in (1.0, 5.0, 2.0):  # the population, one after the other
         end_episode(agent, 0, return_)
     best = agent.community.best(0)
     assert best.fitness == 5.0
-    wiring = agent.decoder(np.array([[best.id], *([agent.community.best(t).id] for t in (1, 2))]))
-    obs = observations(3, 4)
-    with torch.no_grad():
-        mean = agent.actor(torch.from_numpy(obs)[None], wiring)[0, ..., :4]
-    np.testing.assert_array_equal(greedy(agent, obs), mean.tanh().numpy())
+    evaluated(agent, [best, agent.community.best(1), agent.community.best(2)])
+
+
+@pytest.mark.parametrize("growth", [False, True])
+def test_evaluation_runs_the_best_of_a_whole_generation(growth: bool) -> None:
+    """Neither a child with one lucky episode, nor what has grown and not run yet."""
+    settings: dict[str, Any] = {"window": 6, "max_evaluate_times": 2} if growth else {}
+    agent, greedy_one = make(1, **settings), make(1, evaluate_genotype="best", **settings)
+    for each in (agent, greedy_one):
+        bits = [genotype.bits for genotype in each.community.population(0)]
+        for _ in range(12 if growth else 6):
+            end_episode(each, 0, float(each.community.in_flight(0, 0).bits is bits[1]))
+    champion = agent.community.champion(0)
+    assert champion.bits is not None
+    if growth:
+        assert agent.community.stage.tolist() == [4]
+        assert champion not in agent.community.population(0)
+    else:
+        assert champion is agent.community.population(0)[0]
+    for each in (agent, greedy_one):  # the second genotype of the next generation is lucky
+        for return_ in (0.0, 9.0):
+            end_episode(each, 0, return_)
+    lucky = agent.community.population(0)[1]
+    assert agent.community.best(0) is lucky
+    evaluated(agent, [champion])
+    evaluated(greedy_one, [greedy_one.community.population(0)[1]])
+
+    other = make(1, **settings)
+    other.load_state_dict(agent.state_dict())
+    evaluated(other, [champion])
+    alive = champion in agent.community.population(0)
+    assert (other.community.champion(0) in other.community.population(0)) is alive
 
 
 def test_each_environment_acts_with_its_own_genotype() -> None:

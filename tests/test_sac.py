@@ -161,13 +161,14 @@ class Reference:
         order = torch.rand(T, T, generator=self.noise).argsort(1) if c.pcgrad else None
         policy_noise = torch.randn(shape, generator=self.noise).double()
         alpha = [value.detach().exp() for value in self.log_alpha]
-        critic_losses, actor_losses, alpha_losses = [], [], []
+        critic_losses, actor_losses, alpha_losses, balance = [], [], [], []
         largest = max(float(m) for m in batch.mean_reward.flatten())
         for t in range(T):
             factor = 1.0
             if c.reward_balance is not None and largest > 0:
                 ratio = largest / max(float(batch.mean_reward[t]), 1e-8)
                 factor = min(max(ratio, 1.0), c.reward_balance)
+            balance.append(factor)
             with torch.no_grad():
                 next_action, next_log_prob = self.sample(batch.next_obs[t], t, target_noise[t])
                 next_q = torch.minimum(*self.q(self.targets, batch.next_obs[t], next_action, t))
@@ -195,7 +196,8 @@ class Reference:
         kept = []
         for t in range(T):
             total = critic_losses[t] + actor_losses[t] + alpha_losses[t]
-            kept.append(0.0 if c.extreme_loss is not None and total > c.extreme_loss else 1.0)
+            limit = math.inf if c.extreme_loss is None else c.extreme_loss * balance[t] ** 2
+            kept.append(0.0 if total > limit else 1.0)
 
         def mean(losses: list[Tensor], factors: list[Any]) -> Tensor:
             return sum(k * w * x for k, w, x in zip(kept, factors, losses, strict=True)) / T
@@ -249,6 +251,7 @@ class Reference:
         {"reward_balance": 3.0, "reward_scale": 1.0},
         {"alpha_max": 0.7, "alpha_lr": 0.5},
         {"extreme_loss": 30.0, "reward_scale": 1.0},
+        {"extreme_loss": 40.0, "reward_scale": 1.0, "reward_balance": 3.0},
         {"extreme_loss": None, "alpha_max": None},
         {"pcgrad": True, "critic_layer_norm": True},
         {"pcgrad": True, "loss_weight": "none", "grad_clip": None},
@@ -321,13 +324,17 @@ def test_target_carries_no_graph_and_target_critics_learn_by_averaging_only() ->
 def test_loss_weights_by_hand() -> None:
     agent = make_agent()
     alpha = torch.tensor([0.5, 0.1, 1.0]).view(T, 1, 1)
-    weight, kept = agent.task_weights(torch.zeros(T), alpha)
+    weight, kept = agent.task_weights(torch.zeros(T), alpha.log())
     torch.testing.assert_close(weight, 3 * torch.tensor([2.0, 10.0, 1.0]) / 13)
     torch.testing.assert_close(kept, torch.ones(T))
-    printed, _ = make_agent(loss_weight="alpha").task_weights(torch.zeros(T), alpha)
+    printed, _ = make_agent(loss_weight="alpha").task_weights(torch.zeros(T), alpha.log())
     expected = np.exp([-0.5, -0.1, -1.0])
     np.testing.assert_allclose(printed, 3 * expected / expected.sum(), rtol=1e-6)
-    assert torch.equal(make_agent(loss_weight="none").task_weights(torch.zeros(T), alpha)[0], kept)
+    even, _ = make_agent(loss_weight="none").task_weights(torch.zeros(T), alpha.log())
+    assert torch.equal(even, kept)
+    vanished = torch.tensor([-200.0, -200.0, 0.0]).view(T, 1, 1)  # e^-200 is no float32
+    weight, _ = agent.task_weights(torch.zeros(T), vanished)
+    torch.testing.assert_close(weight, torch.tensor([1.5, 1.5, 0.0]))
 
 
 def test_a_masked_task_contributes_no_gradient() -> None:
