@@ -422,6 +422,11 @@ class GeneticSettings:
         worst = math.ceil(round(self.population_size * self.abandon_rate, 9))
         return min(max(worst, 1), self.population_size - 1)
 
+    @property
+    def crossed(self) -> int:
+        """How many of them crossover breeds: of each pair one, the others are mutants (Alg. 1)."""
+        return self.abandoned // 2
+
 
 class GenotypeTable:
     """Every distinct genotype of a run under a number that never changes, as packed bits."""

@@ -223,7 +223,7 @@ class MEGAConfig(SACConfig):
             )  # fmt: skip
             if self.replace == "at_optimise":
                 self._unused("growth", because="optimise is random, and replace at_optimise")
-        elif genetic.abandoned == 1:
+        elif not genetic.crossed:
             self._unused(
                 "crossover_rate", "crossover_cross_threshold",
                 because="one genotype is dropped at a time, and what replaces it is a mutant",

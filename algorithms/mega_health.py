@@ -66,8 +66,8 @@ def _of_copies(lengths: NDArray[np.int64], config: Config) -> NDArray[np.float64
     if config.optimise == "random":
         return np.zeros(len(lengths))
     size = config.population_size
-    dropped = config.genetic(size, config.precision).abandoned
-    mutants = dropped - dropped // 2  # Alg. 1: pairs of a crossover and a mutant; an odd one last
+    genetic = config.genetic(size, config.precision)
+    mutants = genetic.abandoned - genetic.crossed
     flipped = np.maximum(np.floor(lengths * config.mutation_rate), 1) / lengths
     apart = mutants * (size - mutants) * flipped  # a copy and a mutant
     apart = apart + mutants * (mutants - 1) / 2 * 2 * flipped * (1 - flipped)  # two mutants
@@ -168,16 +168,15 @@ def _after_growth(
         yield Finding("after growth", "bad", words, advice)
         return
     # What one task loses disappears in the mean of all; a single window is noisy, so half of it.
-    of_task = {task: np.mean([r for t, r in zip(tasks, return_, strict=True) if t == task], axis=0)
-               for task in tasks}  # fmt: skip
-    halved = np.array([
-        task in of_task and 0 < of_task[task][0] > 2 * of_task[task][1]
-        for task in range(len(history.tasks))
-    ])  # fmt: skip
+    halved = np.zeros(len(history.tasks), dtype=bool)
+    for task in set(tasks):
+        r0, r1 = np.mean(return_, axis=0, where=np.equal(tasks, task)[:, None])
+        halved[task] = r0 > max(2 * r1, 0)
     if halved.any():
         words = f"{words}; it fell by half in {listed(history.tasks, halved)}"
-    yield Finding("after growth", "note" if halved.any() else "good", words,
-                  advice if halved.any() else "")  # fmt: skip
+        yield Finding("after growth", "note", words, advice)
+    else:
+        yield Finding("after growth", "good", words)
 
 
 def _culled(probe: dict[str, np.ndarray]) -> Iterator[Finding]:
@@ -213,8 +212,8 @@ def _clones(probe: dict[str, np.ndarray], config: Config) -> Finding:
     """Whether crossover brings anything new: a mutant nearly always does."""
     rate = float(probe["clone_rate"].mean())
     words = f"{100 * rate:.0f} % of the children equalled a living genotype of their task"
-    dropped = config.genetic(config.population_size, config.precision).abandoned
-    crossed = 0.0 if config.optimise == "random" else dropped // 2 / dropped
+    genetic = config.genetic(config.population_size, config.precision)
+    crossed = 0.0 if config.optimise == "random" else genetic.crossed / genetic.abandoned
     if rate <= 0.5 * crossed:
         return Finding("clones", "good", words)
     words = f"{words}, and crossover makes {100 * crossed:.0f} % of them"

@@ -29,7 +29,7 @@ from reports.drawing import (
     title,
 )
 from reports.frames import Ablation, MissingError, Section, generator
-from reports.running import success_by_hours
+from reports.running import curve_rows, success_by_hours
 
 
 def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: bool) -> None:
@@ -55,13 +55,6 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
     if band and np.isfinite(low).any():
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
     bold_line(axes, steps, mean, look, bold)
-
-
-def _curve_rows(section: Section, metric: str, per_task: bool = False) -> pd.DataFrame:
-    rows = section.task_curves(metric) if per_task else section.curves(metric)
-    if rows.empty:
-        raise MissingError(f"no run has been evaluated for {metric} during training yet")
-    return rows
 
 
 def _drawn(section: Section, rows: pd.DataFrame) -> list[str]:
@@ -101,7 +94,7 @@ _MEAN_SUCCESS = (
 
 
 def _mean_curves(section: Section, labels: list[str], words: str, estimator: str) -> Drawing:
-    rows = _curve_rows(section, "success")
+    rows = curve_rows(section, "success")
     styles = section_looks(section)
     made = new_figure(3.4)
     axes = made.subplots()
@@ -148,7 +141,7 @@ MAX_POINTS = 60
 @figure("sample_efficiency")
 def sample_efficiency(section: Section) -> Drawing:
     """Interquartile mean over runs x tasks against environment steps (Agarwal et al. 2021)."""
-    rows = _curve_rows(section, "success", per_task=True)
+    rows = curve_rows(section, "success", per_task=True)
     rows = rows[rows["finished"]]
     styles = section_looks(section)
     made = new_figure(3.2)
@@ -250,7 +243,7 @@ def success_per_hour(section: Section) -> Drawing:
 
 
 def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Drawing:
-    rows = _curve_rows(section, metric, per_task=True)
+    rows = curve_rows(section, metric, per_task=True)
     styles = section_looks(section)
     made, cells = panels(section, ylabel, share_y=metric == "success")
     parts = dict(list(rows.groupby(["task", "label"])))

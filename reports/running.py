@@ -121,14 +121,20 @@ def compute(section: Section) -> Table:
     )
 
 
+def curve_rows(section: Section, metric: str, per_task: bool = False) -> pd.DataFrame:
+    """`Section.curves`, or `Section.task_curves`; raises MissingError if there are none."""
+    rows = section.task_curves(metric) if per_task else section.curves(metric)
+    if rows.empty:
+        raise MissingError(f"no run has been evaluated for {metric} during training yet")
+    return rows
+
+
 def success_by_hours(section: Section) -> pd.DataFrame:
     """Mean success over tasks at each evaluation and the ``hours`` that its run had trained.
 
     A row per label, run, finished and step. Raises MissingError if there is none.
     """
-    rows = section.curves("success")
-    if rows.empty:
-        raise MissingError("no run has been evaluated for success during training yet")
+    rows = curve_rows(section, "success")
     totals = section.timing[section.timing["section"] == "total"]
     clocks = {run: clock.set_index("step")["seconds"] for run, clock in totals.groupby("run")}
     means = rows.groupby(["label", "run", "finished", "step"])["value"].mean().reset_index()
