@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,3 +116,19 @@ def test_the_benchmark_page_shows_what_was_measured() -> None:
     assert measure.with_tables(page, found) == page
     assert {row["algorithm"] for row in found["paper"]} >= set(algorithms.names())
     assert all(panel.get_xlabel() for panel in measure.drawn(found).axes)
+
+
+@pytest.mark.slow
+def test_the_reference_page_shows_its_runs(tmp_path: Path) -> None:
+    study = tmp_path / "reference"
+    shutil.copytree(ROOT / "results" / "studies" / "reference", study)
+    page = study / "README.md"
+    shown = page.read_text("utf-8")
+    script = ROOT / "results" / "studies" / "publish.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(study)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert page.read_text("utf-8") == shown
+    assert all((study / figure).exists() for figure in re.findall(r"\]\((figures/.*?)\)", shown))
