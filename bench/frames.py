@@ -245,7 +245,7 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
     spec = content.get("spec", content)
     environment = content.get("environment", {})
     protocol = spec.get("protocol", {})
-    parameters = status.get("parameters", {})
+    parameters, seconds = status.get("parameters", {}), _last_total(store)
     flat: dict[str, Any] = {
         "run": name,
         "id": spec.get("id", ""),
@@ -260,19 +260,20 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
         "success": status.get("success"),
         "parameters_actor": parameters.get("actor"),
         "parameters_critic": parameters.get("critic"),
-        "seconds": _last_total(store),
+        "seconds": seconds,
         "peak_memory_bytes": status.get("peak_memory_bytes"),
         "steps_per_second": status.get("steps_per_second"),
-        "updates_per_second": _updates_per_second(protocol, status.get("steps_per_second")),
+        "updates_per_second": _updates_per_second(protocol, status.get("step", 0), seconds),
         "heartbeat": status.get("time"),
         "error": status.get("error", ""),
         "git_commit": environment.get("git_commit", ""),
+        "other_numerics": ", ".join(status.get("other_numerics", [])),
         "command": _command(spec),
     }
     groups = {
         "protocol": protocol,
         "config": spec.get("config", {}),
-        "hardware": environment.get("hardware", {}),
+        "hardware": _hardware(status.get("machines") or [environment.get("hardware", {})]),
         "versions": environment.get("versions", {}),
         "numerics": environment.get("numerics", {}),
     }
@@ -321,10 +322,24 @@ def state_of(store: RunStore) -> dict[str, Any]:
     return status
 
 
-def _updates_per_second(protocol: dict[str, Any], steps_per_second: float | None) -> float | None:
-    if steps_per_second is None or "envs_per_task" not in protocol:
+def _hardware(machines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the machine of a run, or of all, one after the other, that trained it."""
+    every: dict[str, list[Any]] = {}
+    for facts in machines:
+        for key, value in facts.items():
+            every.setdefault(key, []).append(value)
+    return {
+        key: values[0] if len(set(values)) == 1 else ", then ".join(map(str, values))
+        for key, values in every.items()
+    }
+
+
+def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | None) -> float | None:
+    """Over all that a run has trained, evaluations included."""
+    if not seconds or "envs_per_task" not in protocol:
         return None
-    return float(steps_per_second / protocol["envs_per_task"] * protocol["updates_per_step"])
+    learning = max(0, step - protocol.get("warmup_steps", 0)) / protocol["envs_per_task"]
+    return float(learning * protocol["updates_per_step"] / seconds)
 
 
 def _last_total(store: RunStore) -> float | None:

@@ -50,14 +50,9 @@ def aggregates(section: Section) -> Drawing:
                     place, width, left=estimate.low, height=0.6, color=look.colour, alpha=0.35
                 )
             axes.vlines(estimate.value, place - 0.3, place + 0.3, color=look.colour, linewidth=2)
-            # A seed by itself is an (1, T) matrix.
-            axes.plot(
-                [float(statistic(seed[None])) for seed in scores],
-                np.full(len(scores), place),
-                "o",
-                color="#222222",
-                markersize=2.2,
-            )
+            if name == "Mean":  # a median or trimmed mean of one seed is none of all, nor near it
+                points = np.full(len(scores), place)
+                axes.plot(scores.mean(axis=1), points, "o", color="#222222", markersize=2.2)
             rows.append(
                 {"aggregate": name, "label": label, "seeds": len(scores)}
                 | {"value": estimate.value, "low": estimate.low, "high": estimate.high}
@@ -77,7 +72,8 @@ def aggregates(section: Section) -> Drawing:
         caption=section.caption(
             "Final success: median over tasks of the mean over seeds, interquartile mean over "
             "seeds × tasks, mean (lines), 95 % stratified bootstrap intervals from "
-            f"{stats.MIN_SEEDS} seeds on (bars); points: the same of each seed alone.",
+            f"{stats.MIN_SEEDS} seeds on (bars), seeds drawn within each task; points: the mean of "
+            "each seed.",
             labels,
         ),
         data=pd.DataFrame(rows),

@@ -41,18 +41,21 @@ class Comparison:
     seeds: tuple[int, int]
     difference: stats.Difference
     adjusted_p: float
+    family: int
+    """Comparisons that were judged together, this one included."""
     improvement: stats.Estimate
 
     @property
     def verdict(self) -> str:
-        """What the numbers support, in words."""
+        """What the numbers support, in words, and among how many comparisons."""
         if np.isnan(self.difference.p):
             return f"not judged ({self.difference.method})"
+        among = f" among {self.family} comparisons" if self.family > 1 else ""
         if self.adjusted_p >= 1 - stats.CONFIDENCE:
             alone = self.difference.p < 1 - stats.CONFIDENCE
-            return "not separated" + (" once all comparisons are counted (Holm)" if alone else "")
+            return "not separated" + (f"{among} (Holm)" if alone else "")
         winner = self.reference if self.difference.estimate.value > 0 else self.other
-        return f"separated: {winner} is better"
+        return f"separated{among}: {winner} is better"
 
     @property
     def sentence(self) -> str:
@@ -96,6 +99,7 @@ def comparisons(section: Section, reference: str | None = None) -> list[Comparis
             seeds=seeds,
             difference=difference,
             adjusted_p=p,
+            family=int(np.isfinite(adjusted).sum()),
             improvement=improvement,
         )
         for (ours, theirs), (difference, improvement, seeds), p in zip(
@@ -160,9 +164,10 @@ def _comparison_data(section: Section, compared: Sequence[Comparison]) -> pd.Dat
 _JUDGED = (
     "Difference of the mean final success rates with its own 95 % interval: Welch's t on seed "
     f"means below {stats.WELCH_BELOW} seeds, percentile bootstrap from there on, none below "
-    f"{stats.MIN_SEEDS}. p values are Holm-adjusted over the rows and the verdict follows them. P: "
-    "probability that a random seed of the first is better on a random task (ties half), "
-    "stratified bootstrap interval."
+    f"{stats.MIN_SEEDS}. p values are Holm-adjusted over the rows of this table, and the verdict "
+    "follows them. P: probability that a random seed of the first is better on a random task "
+    "(ties half); its bootstrap draws seeds within each task, so it does not widen where a whole "
+    "seed is lucky."
 )
 
 

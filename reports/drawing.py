@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from reports.frames import Ablation, MissingError, ProbedRun, Section, base_name
+from reports.frames import REFERENCES, Ablation, MissingError, ProbedRun, Section, base_name
 from reports.registry import Registry, Source
 
 WIDTH = 7.1
@@ -233,7 +233,7 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
 def section_looks(section: Section) -> dict[str, Look]:
     """The looks of every label of the report, so that sections agree."""
     names = set(section.results.runs["algorithm"]) | set(section.labels)
-    return looks(names)
+    return looks(names - set(REFERENCES))
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:

@@ -33,6 +33,7 @@ RUN_COLUMNS: dict[str, Any] = {
     "updates_per_second": np.nan,
     "peak_memory_bytes": np.nan,
     "error": "",
+    "other_numerics": "",
     "command": "",
     "origin": "",
     "sweep": "",
@@ -360,21 +361,38 @@ class Section:
     def ablations(self) -> list[Ablation]:
         """Ablations of which at least two variants have runs here, none within another."""
         here = set(self.runs["algorithm"])
+        changed: dict[str, list[str]] = {}  # variants that were run with values of the user's
+        for algo in sorted(here):
+            changed.setdefault(algo.partition("[")[0], []).append(algo)
+
+        def foreign(name: str) -> bool:
+            return str(self.results.ablations[name].get("suite", self.suite)) != self.suite
+
         found: dict[frozenset[str], Ablation] = {}
-        for name, entry in self.results.ablations.items():
-            present = [algo for algo in entry["algos"] if algo in here]
-            if len(present) > 1 and any("@" in algo for algo in present):
-                part = self.only(present)
-                rank = {algo: k for k, algo in enumerate(present)}
-                labels = part.runs.sort_values("algorithm", key=lambda a: a.map(rank))["label"]
-                ablation = Ablation(
-                    name=name,
-                    description=str(entry.get("description", name)),
-                    paper=str(entry.get("paper", "")),
-                    labels=tuple(dict.fromkeys(labels)),
-                    section=part,
-                )
-                found.setdefault(frozenset(present), ablation)
+        for name in sorted(self.results.ablations, key=foreign):
+            entry = self.results.ablations[name]
+            present = [
+                run_as
+                for algo in entry["algos"]
+                for run_as in ([algo] if algo in here else changed.get(algo, []))
+            ]
+            if len(present) < 2 or not any("@" in algo for algo in present):
+                continue
+            key = frozenset(present)
+            # What is asked of another suite describes these runs only where nothing else does.
+            if foreign(name) and any(other <= key for other in found):
+                continue
+            part = self.only(present)
+            rank = part.runs["algorithm"].map(present.index)
+            labels = part.runs["label"].loc[rank.sort_values(kind="stable").index]
+            ablation = Ablation(
+                name=name,
+                description=str(entry.get("description", name)),
+                paper=str(entry.get("paper", "")),
+                labels=tuple(dict.fromkeys(labels)),
+                section=part,
+            )
+            found.setdefault(key, ablation)
         return [a for key, a in found.items() if not any(key < other for other in found)]
 
     def only(self, algorithms: Iterable[str]) -> Section:

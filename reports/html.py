@@ -107,14 +107,20 @@ def _previous(manifest: Path) -> list[str]:
     return [str(name) for name in names if own.fullmatch(str(name))]
 
 
-def _mixed(section: Section) -> list[str]:
-    """Versions and hardware that differ between runs of a section, and seeds that do."""
+def mixed(section: Section) -> list[str]:
+    """What differs between runs of a section: code, versions, hardware, and seeds."""
     out = []
     for column in section.runs.columns:
-        if str(column).startswith(("versions.", "hardware.")):
+        if str(column).startswith(("versions.", "hardware.", "numerics.", "git_commit")):
             values = sorted(set(section.runs[column].map(text)) - {""})
+            if column == "git_commit":
+                values = [value[:10] + "+changes" * value.endswith("+changes") for value in values]
             if len(values) > 1:
                 out.append(f"Runs differ in {column}: {', '.join(values)}.")
+    out += [
+        f"{row['run']} was resumed under other numerics: {row['other_numerics']}."
+        for row in section.runs[section.runs["other_numerics"] != ""].to_dict("records")
+    ]
     seeds = {label: tuple(section.scores(label).index) for label in section.scored}
     if len(set(seeds.values())) > 1:
         out.append(
@@ -248,7 +254,7 @@ def _chapter(section: Section, shown: list[Shown]) -> Chapter:
         anchor=section.anchor,
         title=section.title,
         lead=f"{section.missing[0].upper()}{section.missing[1:]}.",
-        warnings=(*setting_warnings(section), *_mixed(section)),
+        warnings=(*setting_warnings(section), *mixed(section)),
         verdicts=tuple(comparison.sentence for comparison in comparisons(section)),
         shown=sorted(shown, key=lambda s: s.folded),
         recipes=_recipes(section),

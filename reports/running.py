@@ -151,7 +151,7 @@ def success_by_hours(section: Section) -> pd.DataFrame:
     )
 
 
-MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1_440, 2_880, 7_200)
+MINUTES = (1, 2, 5, 10, 20, 30, 45, 60, 120, 300, 600, 1_440, 2_880, 7_200)
 """Times of training at which algorithms are compared; the last few within a section's runs."""
 
 
@@ -190,6 +190,7 @@ def equal_time(section: Section) -> Table:
         columns=("Algorithm", "Runs", *(f"After {each}" for each in words), "End", "At its end"),
         rows=shown,
         data=pd.DataFrame(data),
+        warnings=("Runs were trained on different machines.",) * (len(section.hardware) > 1),
         caption=section.caption(
             "Success rate of the evaluations, mean over tasks, then over finished runs, between "
             "the two evaluations nearest to so much wall-clock training (evaluations included). "
@@ -213,8 +214,12 @@ def health(section: Section) -> Table:
     rows = []
     for label in section.labels:
         of_label = found[found["label"] == label]
+        well = []
         for check in dict.fromkeys(of_label["check"]):
             verdicts = of_label[of_label["check"] == check]
+            if (verdicts["result"] == "good").all():
+                well.append(check)
+                continue
             rank = verdicts["result"].map(worst.index)
             shown = verdicts.loc[rank.idxmin()]
             counts = [f"{n} {w}" for w in worst if (n := int((verdicts["result"] == w).sum()))]
@@ -227,6 +232,9 @@ def health(section: Section) -> Table:
                     shown["advice"],
                 )
             )
+        if well:
+            good = f"all {of_label['run'].nunique()} good"
+            rows.append((label, ", ".join(well), good, "", ""))
     return Table(
         title="Health",
         columns=("Algorithm", "Check", "Runs", "Worst run", "What to do"),
@@ -234,8 +242,9 @@ def health(section: Section) -> Table:
         rows=rows,
         data=found.drop(columns=["label"]).assign(algorithm=found["label"]),
         caption=section.caption(
-            "Verdicts on training, not on results, from what every run recorded of itself; the "
-            "table shows one of the worst runs of each check, its data has all."
+            "Verdicts on training, not on results, from what every run recorded of itself. The "
+            "table shows one of the worst runs of each check that is not good in all, its data "
+            "has every verdict."
         ),
         details=not (found["result"] == "bad").any(),
     )

@@ -87,7 +87,12 @@ def _papers(suite: str) -> list[Paper]:
 
 
 def iqm(section: Section, label: str) -> stats.Estimate:
-    """Interquartile mean over seeds x tasks of one algorithm, with its interval."""
+    """Interquartile mean over seeds x tasks of one algorithm, with its interval.
+
+    NaN where every score is of a single episode: of zeros and ones it tells only their mean.
+    """
+    if section.episodes == "1":
+        return stats.Estimate(float("nan"))
     return stats.stratified_interval(
         section.scores(label).to_numpy(),
         stats.interquartile_mean,
@@ -140,6 +145,8 @@ def success_rates(section: Section) -> Table:
     theirs = "".join(f" {paper.scale(section.suite)}." for paper in papers)
     apart = " Ours is at another scale: the two do not compare."
     note = f" Published values:{theirs}{'' if section.full_scale else apart}" if papers else ""
+    if section.episodes == "1":
+        note = f" With one episode per task a score is 0 or 1, and there is no IQM.{note}"
     return Table(
         title="Success rate",
         warnings=setting_warnings(section),

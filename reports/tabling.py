@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,8 @@ def p_cell(p: float) -> str:
 
 def interval_cell(estimate: stats.Estimate, signed: bool = False) -> str:
     """``0.81 [0.76, 0.86]``, ``+0.06 [−0.01, 0.13]``; without an interval the value alone."""
+    if not np.isfinite(estimate.value):
+        return ABSENT
     value = f"{estimate.value:{'+' if signed else ''}.2f}"
     bounds = f" [{estimate.low:.2f}, {estimate.high:.2f}]" if estimate.has_interval else ""
     return (value + bounds).replace("-", "−")
@@ -117,9 +120,14 @@ def setting_warnings(section: Section) -> tuple[str, ...]:
     out = []
     for kind, name, values in candidates:
         given = {label: value for label, value in values.items() if value}
-        if len(set(given.values())) > 1:
-            shown = "; ".join(f"{label}: {value}" for label, value in given.items())
-            out.append(f"{kind} differs in {name} ({shown}): these rows do not compare fairly.")
+        counts = Counter(given.values()).most_common()
+        if len(counts) > 1:
+            (usual, most), second = counts[0], counts[1][1]
+            apart = {k: v for k, v in given.items() if v != usual or most == second}
+            others = f"; the others: {usual}" if len(apart) < len(given) else ""
+            shown = "; ".join(f"{label}: {value}" for label, value in apart.items()) + others
+            rows = "these rows do" if not others else "rows that differ do"
+            out.append(f"{kind} differs in {name} ({shown}): {rows} not compare fairly.")
     without = section.runs.loc[section.runs["taskless"], "label"]
     out += [
         f"{label} was imported without tasks: it is in the curves, not in the tables."

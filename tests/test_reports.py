@@ -22,10 +22,11 @@ from rich.console import Console
 import algorithms
 from reports import Results, build, published, stats, summary
 from reports.comparing import comparisons
-from reports.drawing import bold_line, figure, looks
+from reports.drawing import bold_line, figure, looks, section_looks
 from reports.figures import ABLATION_FIGURES, FIGURES
 from reports.frames import MissingError, sections
 from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
+from reports.html import mixed
 from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES
 from reports.tabling import setting_warnings, table
 from reports.writers import to_latex, to_markdown
@@ -293,9 +294,10 @@ def test_comparison_says_what_the_interval_supports(results: Results) -> None:
     assert set(found) == {"mega@softmax", "d2r", "soft_module", "mt_sac"}
     low, high = found["mt_sac"].difference.estimate[1:]
     sentence = f"mega − mt_sac on mt10_rand: {found['mt_sac'].difference.estimate.value:+.2f} "
-    sentence += f"[{low:.2f}, {high:.2f}], 5 and 3 seeds: separated: mega is better"
+    sentence += f"[{low:.2f}, {high:.2f}], 5 and 3 seeds: "
+    sentence += "separated among 4 comparisons: mega is better"
     assert found["mt_sac"].sentence == sentence
-    assert found["mt_sac"].verdict == "separated: mega is better"
+    assert found["mt_sac"].verdict == "separated among 4 comparisons: mega is better"
     assert found["mt_sac"].seeds == (5, 3)
     (two,) = sections(make_results(("mega", "d2r"), seeds=2))
     assert [c.verdict for c in comparisons(two)] == ["not judged (fewer than 3 seeds)"]
@@ -324,21 +326,22 @@ def test_success_for_equal_time() -> None:
     (section,) = sections(replace(results, timing=timing))
     made = TABLES["equal_time"](section)
     assert made.columns[2:] == (
-        "After 5 min", "After 10 min", "After 15 min", "After 30 min", "After 1 h", "End",
+        "After 10 min", "After 20 min", "After 30 min", "After 45 min", "After 1 h", "End",
         "At its end",
     )  # fmt: skip
     curve = section.curves("success").groupby(["label", "step"])["value"].mean()
     rows = {row[0]: row[1:] for row in made.rows}
     assert rows["mega"][0] == "2"
-    assert rows["mega"][4:] == (
-        f"{curve['mega', 60_000]:.2f}", "–", "50 min", f"{curve['mega', 100_000]:.2f}"
+    assert rows["mega"][3:] == (
+        f"{curve['mega', 60_000]:.2f}", f"{curve['mega', 90_000]:.2f}", "–", "50 min",
+        f"{curve['mega', 100_000]:.2f}",
     )  # fmt: skip
-    assert rows["d2r"][4:] == (
-        f"{curve['d2r', 30_000]:.2f}", f"{curve['d2r', 60_000]:.2f}", "100 min",
-        f"{curve['d2r', 100_000]:.2f}",
+    assert rows["d2r"][1:4] == tuple(f"{curve['d2r', 1000 * m]:.2f}" for m in (10, 20, 30))
+    assert rows["d2r"][5:] == (
+        f"{curve['d2r', 60_000]:.2f}", "100 min", f"{curve['d2r', 100_000]:.2f}"
     )  # fmt: skip
-    halfway = made.data.set_index(["algorithm", "minutes"])["success"]["d2r", 15]
-    between = (curve["d2r", 10_000] + curve["d2r", 20_000]) / 2
+    halfway = made.data.set_index(["algorithm", "minutes"])["success"]["d2r", 45]
+    between = (curve["d2r", 40_000] + curve["d2r", 50_000]) / 2
     assert halfway == pytest.approx(between)
 
 
@@ -405,6 +408,9 @@ def test_health_shows_the_worst_run_of_each_check(results: Results) -> None:
     )
     assert len(shown.data) == 10
     assert not shown.details
+    well = results.health.assign(result="good")
+    (section,) = sections(replace(results, health=well))
+    assert TABLES["health"](section).rows[0] == ("mega", "population", "all 5 good", "", "")
 
 
 def test_scales_and_settings_are_never_averaged() -> None:
@@ -426,6 +432,28 @@ def test_protocol_that_differs_is_warned_of() -> None:
     assert "horizon (mega: 200; d2r: 500)" in warning
     assert TABLES["success_rates"](section).warnings == (warning,)
     assert warning.replace("_", r"\_") in to_markdown(TABLES["protocol"](section))
+
+
+def test_a_warning_names_the_exceptions_alone() -> None:
+    made = make_results(("mega", "d2r", "mt_sac", "mt_sac@ars"), seeds=1)
+    made.runs["config.reward_balance"] = 50.0
+    made.runs.loc[made.runs["algorithm"] == "mt_sac@ars", "config.reward_balance"] = 250.0
+    (warning,) = setting_warnings(sections(made)[0])
+    assert "reward_balance (mt_sac@ars: 250; the others: 50)" in warning
+
+
+def test_code_and_machines_that_differ_are_warned_of() -> None:
+    made = make_results(("mega", "d2r"), seeds=1)
+    assert mixed(sections(made)[0]) == []
+    made.runs["git_commit"] = ["a" * 40, "b" * 40 + "+changes"]
+    made.runs["hardware.cpu"] = ["AMD EPYC", "AMD EPYC, then Intel"]
+    made.runs.loc[0, "other_numerics"] = "threads 4 -> 1"
+    (section,) = sections(made)
+    shown = sorted(mixed(section))
+    assert shown[0] == "Runs differ in git_commit: aaaaaaaaaa, bbbbbbbbbb+changes."
+    assert shown[1] == "Runs differ in hardware.cpu: AMD EPYC, AMD EPYC, then Intel."
+    assert shown[2] == "mt10_rand/mega/0-00 was resumed under other numerics: threads 4 -> 1."
+    assert TABLES["equal_time"](section).warnings
 
 
 def test_runs_that_cannot_be_read_are_counted_wherever_seeds_are() -> None:
@@ -481,6 +509,13 @@ def test_an_algorithm_has_one_colour_and_variants_differ() -> None:
     assert len(set(shown)) == len(shown)
     few = looks(["mega", "d2r", "other", *variants[:8]])
     assert len({look.colour for look in few.values()}) == len(few)
+
+
+def test_references_take_no_look_from_a_variant() -> None:
+    names = ("mega", *(f"mega@x{i}" for i in range(6)))
+    (alone,) = sections(make_results(names, seeds=1))
+    (beside,) = sections(make_results((*names, "expert", "random"), seeds=1))
+    assert section_looks(beside) == section_looks(alone)
 
 
 def test_every_algorithm_is_told_apart_without_colours() -> None:

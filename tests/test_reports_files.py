@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from test_cli import BENCH, bench
 from bench import frames, video
 from bench.spec import RunSpec, parse_overrides
 from bench.store import RunStore
+from bench.sweep import ablations
 from reports import (
     FIGURES,
     TABLES,
@@ -209,6 +211,28 @@ def test_an_ablation_is_judged_against_its_base() -> None:
     assert set(ablation.section.metrics["algorithm"]) == {"mega", "mega@softmax"}
     (alone,) = sections(make_results(("mega", "d2r"), seeds=3))
     assert alone.ablations == []
+
+
+def test_an_ablation_made_for_another_suite_hides_none_of_this_one() -> None:
+    """`many_tasks` asks of 200 toy tasks what `ga` asks of any suite."""
+    every = ablations()
+    made = replace(make_results(("mega", "mega@no_ga", "mt_sac"), seeds=3), ablations=every)
+    (section,) = sections(made)
+    assert [ablation.name for ablation in section.ablations] == ["ga"]
+    there = make_results(("mega", "mega@no_ga", "mt_sac"), seeds=3, suite="toy200")
+    (section,) = sections(replace(there, ablations=every))
+    assert [ablation.name for ablation in section.ablations] == ["many_tasks"]
+    plain = make_results(("mtmh_sac", "mtmh_sac@wide4"), seeds=3)
+    (section,) = sections(replace(plain, ablations=every))
+    assert [ablation.name for ablation in section.ablations] == ["capacity"]
+
+
+def test_an_ablation_finds_variants_that_were_run_with_values_of_their_own() -> None:
+    made = make_results(("mt_sac@ars[resets=1]", "mega@ars[resets=1]", "mega"), seeds=3)
+    (section,) = sections(replace(made, ablations=ablations()))
+    (ablation,) = section.ablations
+    assert ablation.name == "ars"
+    assert set(ablation.labels) == {"mt_sac@ars[resets=1]", "mega@ars[resets=1]"}
 
 
 def test_long_labels_are_cut_to_what_tells_them_apart() -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import algorithms
 from bench import machine
 from bench.evaluate import episodes_needed, evaluate
-from bench.frames import read_probes
+from bench.frames import read_probes, run_row
 from bench.replay import ReplayBuffer
 from bench.spec import Protocol, RunSpec, SpecError
 from bench.store import BusyError, RunStore, StoreError
@@ -480,6 +480,24 @@ def test_other_numerics_are_refused_unless_allowed(toy_spec: ToySpec, tmp_path: 
     with pytest.warns(RuntimeWarning, match="threads 4 -> 1"), pytest.raises(Interrupted):
         train(store.spec(), store, allow_other_numerics=True, stop=stop)
     assert store.status()["other_numerics"] == ["threads 4 -> 1"]
+
+
+def test_a_run_tells_of_every_machine_and_of_all_its_time(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = machine.hardware("cpu")["processor"]
+    with pytest.raises(Interrupted):
+        train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
+    here = machine.hardware
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "hardware", lambda device: here(device) | {"processor": "another"})
+        train(store.spec(), store)
+    train(store.spec(), store)
+    row, p = run_row(store, "run"), store.spec().protocol
+    assert row["hardware.processor"] == f"{first}, then another"
+    assert row["hardware.cores"] == here("cpu")["cores"]
+    updates = (p.steps_per_task - p.warmup_steps) * p.updates_per_step / p.envs_per_task
+    assert row["updates_per_second"] == pytest.approx(updates / row["seconds"])
 
 
 def test_a_state_folder_that_cannot_be_made(

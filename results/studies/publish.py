@@ -5,9 +5,10 @@
 
 On the page (the study's README.md unless another is named) the lines between ``<!-- mt10_rand:
 success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``, made of
-the runs of that suite; figures are written to ``figures/`` of the study. ``<!-- grid: runs -->`` is
-how many runs of the study's grid are finished. What the results do not support yet becomes a line
-that says why.
+the runs of that suite; ``<!-- mt10_rand: comparisons mega d2r -->`` of those algorithms alone.
+Figures are written to ``figures/`` of the study. ``<!-- mt10_rand: scale -->`` is what holds for
+all of a suite's tables, ``<!-- grid: runs -->`` how many runs of the study's grid are finished.
+What the results do not support yet becomes a line that says why.
 """
 
 from __future__ import annotations
@@ -23,66 +24,85 @@ from bench.frames import load
 from bench.spec import RunSpec
 from bench.sweep import expand, plan, read_grid
 from reports import FIGURES, TABLES, MissingError, Results, Section, sections
-from reports.writers import to_markdown
+from reports.frames import slug
+from reports.html import mixed
+from reports.writers import markdown_escape, to_markdown
+
+MARK = re.compile(
+    r"<!-- (?P<suite>\w+): (?P<name>\w+)(?P<only>(?: \S+)*) -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
 def publish(study: Path, page: Path) -> None:
     """Renew every marked place of ``page``. Raises ValueError at a mark that means nothing."""
-    found = {section.suite: section for section in sections(Results(**load(study)))}
-    figures = study / "figures"
+    specs = expand(*read_grid(study / "grid.toml"))
+    suites = {spec.suite for spec in specs}
+    results = Results(**load(study))
+    found = {section.suite: section for section in sections(results)}
 
     def renewed(mark: re.Match[str]) -> str:
-        suite, name = mark["suite"], mark["name"]
+        suite, name, only = mark["suite"], mark["name"], mark["only"].split()
         if (suite, name) == ("grid", "runs"):
-            content = finished(study)
-        elif suite in found:
-            content = made(found[suite], name, figures, page)
-        else:
+            content = finished(specs, study)
+        elif suite not in suites:
+            raise ValueError(f"{page}: the grid has no suite {suite!r}")
+        elif suite not in found:
             content = f"*No run of {suite} is finished yet.*"
-        return f"<!-- {suite}: {name} -->\n{content}\n<!-- end -->"
+        elif name == "scale":
+            content = scale(found[suite])
+        else:
+            section = found[suite].only(only) if only else found[suite]
+            image = study / "figures" / f"{slug(suite, name, *only)}.png"
+            content = made(section, name, image, page)
+        head = mark[0].partition("\n")[0]
+        return f"{head}\n{content}\n<!-- end -->"
 
-    marked = re.compile(r"<!-- (?P<suite>\w+): (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
-    page.write_text(marked.sub(renewed, page.read_text()))
+    page.write_text(MARK.sub(renewed, page.read_text("utf-8")), "utf-8")
 
 
-def made(section: Section, name: str, figures: Path, page: Path) -> str:
+def made(section: Section, name: str, image: Path, page: Path) -> str:
     """A table, or a figure with its caption, in Markdown."""
+    if name not in TABLES and name not in FIGURES:
+        raise ValueError(f"{page}: no table or figure is called {name!r}")
     try:
         if name in TABLES:
             _title, _, rest = to_markdown(TABLES[name](section)).partition("\n\n")
-            return estimator(rest)
-        if name not in FIGURES:
-            raise ValueError(f"no table or figure is called {name!r}")
+            body, _, caption = rest.strip().rpartition("\n\n")
+            return f"{body}\n\n{estimator(caption)}"
         drawing = FIGURES[name](section)
     except MissingError as reason:
         return f"*Not to be had yet: {reason}.*"
-    figures.mkdir(exist_ok=True)
-    image = figures / f"{section.suite}-{name}.png"
+    image.parent.mkdir(exist_ok=True)
     image.write_bytes(drawing.png())
     shown = f"![{drawing.title}]({os.path.relpath(image, page.parent)})"
-    return f"{shown}\n\n{estimator(drawing.caption)}"
+    return f"{shown}\n\n{estimator(markdown_escape(drawing.caption))}"
 
 
 def estimator(caption: str) -> str:
     """A caption without the seeds and the scale, which the page states once for all."""
-    return caption.rpartition(" Seeds: ")[0]
+    return caption.partition(" Seeds: ")[0]
 
 
-def finished(study: Path) -> str:
+def scale(section: Section) -> str:
+    """What holds for every table of the section, and what its runs do not have in common."""
+    lines = [
+        f"{section.scale[0].upper()}{section.scale[1:]}; final evaluation {section.evaluated}; "
+        f"{section.missing}.",
+        *mixed(section),
+    ]
+    return markdown_escape(" ".join(lines))
+
+
+def finished(specs: list[RunSpec], study: Path) -> str:
     """Finished and missing runs of the grid, an algorithm of a suite per row."""
-    specs = expand(*read_grid(study / "grid.toml"))
     done: Mapping[tuple[str, str], int] = Counter(
-        _key(job.spec) for job in plan(specs, study) if job.outcome == "skipped"
+        (job.spec.suite, job.spec.title) for job in plan(specs, study) if job.outcome == "skipped"
     )
-    wanted = Counter(_key(spec) for spec in specs)
+    wanted = Counter((spec.suite, spec.title) for spec in specs)
     rows = ["| suite | algorithm | runs finished | of |", "|---|---|---|---|"]
     rows += [f"| {s} | `{label}` | {done[s, label]} | {n} |" for (s, label), n in wanted.items()]
     total = sum(done.values())
     return "\n".join([*rows, f"| | **all** | **{total}** | **{len(specs)}** |"])
-
-
-def _key(spec: RunSpec) -> tuple[str, str]:
-    return spec.suite, spec.title
 
 
 if __name__ == "__main__":
