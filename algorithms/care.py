@@ -11,7 +11,8 @@ Symbols: v_tau a sentence about task tau as a vector of 768; E_1 .. E_k the stat
     output = trunk([e(s), z, (a)])                                      ``layout=textbook`` (Fig. 2)
 
 The context network belongs to the critics and learns from their loss alone; the actor reads it (as
-in the authors' code). Critics' encoders see the state, the action enters at the trunk.
+in the authors' code). Actor and critics have encoders and gates of their own, which is how D2R's
+count comes out. Critics' encoders see the state, the action enters at the trunk.
 
 Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); `textbook` 1.29 M;
 `original`, whose encoders and context are as narrow as CARE's (50), 0.83 M.
@@ -21,7 +22,8 @@ Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); 
     (384 numbers, unit length) and brought to RoBERTa's 768 by a fixed matrix of N(0, 1) entries,
     seed 0. A task without a sentence, of another suite, gets a fixed vector drawn from its name.
  2. Each critic has a context network of its own; the actor reads the first one's.
- 3. Output layers of context network and gate start near zero, as every network's here, so attention
+ 3. The encoders' targets follow with the critics', at 0.005; the authors' at 0.05.
+ 4. Output layers of context network and gate start near zero, as every network's here, so attention
     starts uniform; the authors draw them as every layer of theirs (Xavier).
 """
 
@@ -58,6 +60,8 @@ class CAREConfig(SACConfig):
     """Units of both layers of an encoder (D2R Table 4)."""
     context_width: Annotated[int, Field(ge=1)] = 128
     """Units of both layers of the context network, and of the gate's (D2R Table 4)."""
+    widen: Annotated[float, Field(gt=0)] = 1.0
+    """Times these two widths: CARE's own are 50 (its Sec. 5)."""
     layout: Literal["table", "textbook"] = "table"
     """What the trunk reads: e(s), s and the one-hot id, which is how D2R's count comes out, or e(s)
     and z (CARE Fig. 2)."""
@@ -73,7 +77,7 @@ class CARE(SAC):
     PAPER: ClassVar[str] = "Sodhani et al. 2021, CARE (sizes: D2R Table 4)"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "textbook": {"layout": "textbook"},
-        "original": {"layout": "textbook", "encoder_width": 50, "context_width": 50},
+        "original": {"layout": "textbook", "widen": 50 / 128},
         "learned": {"metadata": "learned"},
         "encoders{encoders}": {},
     }
@@ -115,7 +119,7 @@ class ContextNetwork(nn.Module):
 
     def __init__(self, tasks: tuple[str, ...], config: CAREConfig, *, copies: int) -> None:
         super().__init__()
-        width = config.context_width
+        width = round(config.context_width * config.widen)
         self.layers = mlp(SENTENCE_WIDTH, [width], width, copies=copies)
         self.vectors: Tensor
         if config.metadata == "sentence":
@@ -146,18 +150,16 @@ class AttentiveNetwork(nn.Module):
         """``layer_norm``: before each ReLU of encoders and trunk."""
         super().__init__()
         c, table = config, config.layout == "table"
+        encoder, context = round(c.encoder_width * c.widen), round(c.context_width * c.widen)
         self.states, self.table = states, table
         self.encoders = mlp(
-            states, [c.encoder_width], None,
-            copies=copies, modules=c.encoders, layer_norm=layer_norm,
-        )  # fmt: skip
-        self.encoders.append(
-            ModuleLinear(c.encoders, c.encoder_width, c.encoder_width, copies=copies)
+            states, [encoder], None, copies=copies, modules=c.encoders, layer_norm=layer_norm
         )
-        self.gate = mlp(c.context_width, [c.context_width] * 2, c.encoders, copies=copies)
-        more = states if table else c.context_width
+        self.encoders.append(ModuleLinear(c.encoders, encoder, encoder, copies=copies))
+        self.gate = mlp(context, [context] * 2, c.encoders, copies=copies)
+        more = states if table else context
         self.trunk = mlp(
-            c.encoder_width + more + actions, [c.width] * c.depth, outputs,
+            encoder + more + actions, [c.width] * c.depth, outputs,
             copies=copies, one_hot=tasks if table else 0, layer_norm=layer_norm,
         )  # fmt: skip
 

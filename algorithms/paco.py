@@ -17,7 +17,9 @@ Each task's parameters are composed first, so a forward pass is one batched prod
 **Departures**
  1. As in the authors' code, the K sets start alike and w breaks the symmetry; w is drawn as a
     linear layer's weight, U(+-1/sqrt(T)), plus 1/K, so that networks start near the common set.
- 2. The critics' w are reset with the actor's, each by the same convex combination.
+ 2. The critics' w and their targets' are reset with the actor's, each by the same convex
+    combination: targets of the old w would be as extreme as what was left.
+ 3. Where a preset gives critics LayerNorms, the K sets share them.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class PaCo(SAC):
 
     actor: ComposedNetwork
     critic: ComposedNetwork
+    target_critic: ComposedNetwork
 
     def make_network(
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
@@ -84,7 +87,7 @@ class PaCo(SAC):
         share = draws * kept  # (T, T), task by source; nothing from tasks that are extreme too
         share = share / share.sum(1, keepdim=True).clamp_min(1e-8)
         renewed = ((1 - kept) * kept.amax())[:, None]  # (T, 1); all extreme: nobody to take from
-        for network in (self.actor, self.critic):
+        for network in (self.actor, self.critic, self.target_critic):
             w = network.composition
             w.copy_(torch.where(renewed > 0, share @ w, w))
 

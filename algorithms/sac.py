@@ -103,10 +103,15 @@ ARS: dict[str, Any] = {
     "reward_balance": 250.0,
     "reward_balance_every": None,
     "resets": None,
+    "loss_weight": "none",
+    "alpha_max": None,
 }
 """The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
-any algorithm here. The paper floors a task's mean reward at 0.01 where we cap its factor: the
-largest mean of Meta-World's tasks under a random policy is 2.5."""
+any algorithm here. Without weights by temperature and without its cap, which would take back what a
+larger factor gives: a task's temperature grows with its rewards. The paper floors a task's mean
+reward at 0.01 where we cap its factor: the largest mean of Meta-World's tasks under a random policy
+is 2.5. Networks, activations and the clipping of gradients stay the algorithm's (ARS: four layers
+of 400, tanh, none)."""
 
 
 class SAC(Agent):

@@ -6,8 +6,12 @@ SAC; they share nothing but the products in which they are computed.
 
     pi_t, Q_t : [s, (a)] -> 400 -> 400 -> 400 -> output, for every task t
 
-**Departures**: none. What couples tasks in the shared core is off: losses are summed, not weighted;
-no task is masked; gradients are clipped agent by agent.
+What couples tasks in the shared core is off: losses are summed, not weighted; no task is masked;
+gradients are clipped agent by agent.
+
+**Departures**
+ 1. ``reward_balance``, of the reduced presets' recipe, stays as for every algorithm: it scales a
+    task's rewards by the largest task's mean, and so is all that one agent knows of another.
 """
 
 from __future__ import annotations

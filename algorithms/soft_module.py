@@ -37,8 +37,8 @@ from algorithms.nn import LayerNorm, Linear, ModuleLinear, blended, gated, short
 from algorithms.routing import TaskEncoder, encoder
 from algorithms.sac import SAC, SACConfig
 
-SHALLOW: dict[str, Any] = {"layers": 2, "modules": 2, "module_width": 256}
-"""Soft Modularization Sec. 5.2."""
+SHALLOW: dict[str, Any] = {"layers": 2, "modules": 2, "widen": 2.0}
+"""Soft Modularization Sec. 5.2: modules of 256."""
 
 
 class SoftModuleConfig(SACConfig):
@@ -52,6 +52,8 @@ class SoftModuleConfig(SACConfig):
     """n, modules in a layer (the same)."""
     module_width: Annotated[int, Field(ge=1)] = 128
     """d, outputs of a module (the same)."""
+    widen: Annotated[float, Field(gt=0)] = 1.0
+    """Times the module width, for variants that a preset scales like the others."""
     router_width: Annotated[int, Field(ge=1)] = 256
     """Units of G's two layers (the code; D2R Table 5 prints four, its count needs two)."""
     state_routing: bool = True
@@ -88,7 +90,7 @@ class SoftModule(SAC):
         return SoftModuleNetwork(
             inputs, outputs, self.suite.num_tasks,
             copies=copies, width=c.width, layers=c.layers, modules=c.modules,
-            module_width=c.module_width, router_width=c.router_width,
+            module_width=round(c.module_width * c.widen), router_width=c.router_width,
             state_routing=c.state_routing, reading=c.reading, layer_norm=layer_norm,
         )  # fmt: skip
 

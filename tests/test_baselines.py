@@ -21,6 +21,7 @@ from algorithms.nn import LayerNorm, Linear, ModuleLinear, initialise
 from algorithms.paco import ComposedNetwork, PaCo
 from algorithms.single_task_sac import SingleTaskSAC
 from algorithms.soft_module import SoftModuleNetwork
+from bench.spec import RunSpec
 from suites.base import SuiteSpec
 
 PLAN = Plan(10_000, 200, 0)
@@ -208,14 +209,29 @@ def test_paco_starts_from_one_set_and_tasks_differ() -> None:
     assert agent.probe()["composition"].shape == (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("variant", "plain"), [("soft_module@shallow", "soft_module"), ("care@original", "care")]
+)
+def test_a_preset_scales_variants_of_other_sizes_too(variant: str, plain: str) -> None:
+    def size(label: str, preset: str) -> int:
+        spec = RunSpec.resolve(label, "mt10_rand", 0, preset_name=preset)
+        agent = spec.agent(spec.make_suite().spec, spec.agent_config, spec.protocol.plan, seed=0)
+        return sum(agent.parameter_counts().values())
+
+    ratios = [size(variant, preset) / size(plain, preset) for preset in ("paper", "cpu")]
+    assert ratios[0] < 1
+    assert ratios[1] == pytest.approx(ratios[0], abs=0.1)
+
+
 def test_paco_resets_the_composition_of_extreme_tasks_alone() -> None:
     agent = make("paco", actor_lr=1e-12, critic_lr=1e-12)
     assert isinstance(agent, PaCo)
-    before = [network.composition.detach().clone() for network in (agent.actor, agent.critic)]
+    networks = (agent.actor, agent.critic, agent.target_critic)
+    before = [network.composition.detach().clone() for network in networks]
     extreme = batch()
     extreme.reward[1] = 1e6
     assert agent.update(extreme)["masked"].tolist() == [0, 1, 0]
-    for old, network in zip(before, (agent.actor, agent.critic), strict=True):
+    for old, network in zip(before, networks, strict=True):
         new = network.composition.detach()
         torch.testing.assert_close(new[:, [0, 2]], old[:, [0, 2]], rtol=0, atol=1e-6)
         # w_1 lies between w_0 and w_2, in the same place in every copy.
