@@ -142,14 +142,12 @@ def of_sizes(found: dict[str, Rows]) -> Rows:
         "mt50": "MT50, 1 thread",
         "cpu": "MT10, `cpu` preset",
     }
-    return [
-        {"algorithm": f"`{rows[0]['algorithm']}`"}
-        | {
-            words: f"{row['update_ms']:,.{0 if row['update_ms'] > 99 else 1}f} ({row['ratio']:.2f})"
-            for words, row in zip(parts.values(), rows, strict=True)
-        }
-        for rows in zip(*(found[part] for part in parts), strict=True)
-    ]
+    shown = {row["algorithm"]: dict.fromkeys(parts.values(), "–") for row in found["paper"]}
+    for part, words in parts.items():
+        for row in found[part]:
+            places = 0 if row["update_ms"] > 99 else 1
+            shown[row["algorithm"]][words] = f"{row['update_ms']:,.{places}f} ({row['ratio']:.2f})"
+    return [{"algorithm": f"`{name}`"} | cells for name, cells in shown.items()]
 
 
 def of_step(found: dict[str, Rows]) -> Rows:

@@ -3,12 +3,12 @@
     python results/studies/publish.py results/studies/reference
     python results/studies/publish.py results/studies/reference README.md
 
-On the page (the study's README.md unless another is named) the lines between ``<!-- mt10_rand:
-success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``, made of
-the runs of that suite; ``<!-- mt10_rand: comparisons mega d2r -->`` of those algorithms alone.
-Figures are written to ``figures/`` of the study. ``<!-- mt10_rand: scale -->`` is what holds for
-all of a suite's tables, ``<!-- grid: runs -->`` how many runs of the study's grid are finished.
-What the results do not support yet becomes a line that says why.
+On the page (the study's README.md unless another is named) the lines between ``<!-- study
+mt10_rand: success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``,
+made of the runs of that suite; ``<!-- study mt10_rand: comparisons mega d2r -->`` of those
+algorithms alone. Figures are written to ``figures/`` of the study. ``<!-- study mt10_rand: scale
+-->`` is what holds for all of a suite's tables, ``<!-- study grid: runs -->`` how many runs of the
+study's grid are finished. What the results do not support yet becomes a line that says why.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reports.html import mixed
 from reports.writers import markdown_escape, to_markdown
 
 MARK = re.compile(
-    r"<!-- (?P<suite>\w+): (?P<name>\w+)(?P<only>(?: \S+)*) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- study (?P<suite>\w+): (?P<name>\w+)(?P<only>(?: \S+)*) -->\n.*?<!-- end -->", re.DOTALL
 )
 
 
