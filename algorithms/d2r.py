@@ -136,6 +136,8 @@ class D2R(SAC):
         "layer_level": {"route_level": "layer", "layers": 4},
         "model_level": {"route_level": "model", "layers": 4},
         "modules{modules}": {},
+        # What came out not below the plain one on seeds of its own (results/studies/tuned).
+        "tuned": {"critic_route": "stored"},
         "ars": ARS,
     }  # fmt: skip
 
