@@ -17,6 +17,7 @@ from algorithms.agent import Batch, Plan
 from algorithms.d2r import D2R, D2RConfig, LayeredNetwork
 from algorithms.nn import initialise
 from algorithms.routing import modules_used, pack_path, unpack_path
+from bench.spec import RunSpec
 from suites.base import SuiteSpec
 
 SMALL = {"width": 12, "module_width": 6, "router_width": 8}
@@ -398,3 +399,8 @@ def test_save_load_continue_is_the_same_run(config: dict[str, Any]) -> None:
         np.testing.assert_array_equal(ours.extras["route"], theirs.extras["route"])
     for name in ("actor", "critic", "target_critic"):
         assert same(getattr(first, name), getattr(second, name))
+
+
+def test_the_tuned_variant_is_the_plain_one_and_shares_its_runs() -> None:
+    plain, tuned = (RunSpec.resolve(name, "mt10_rand", 0) for name in ("d2r", "d2r@tuned"))
+    assert tuned.id == plain.id
