@@ -974,8 +974,10 @@ def list_(
         rows = [{"name": name, "paper": agent.PAPER} for name, agent in loaded.items()]
         if what == "variants":
             rows = [
-                {"name": f"{name}@{v}", "changes": ", ".join(f"{k}={x}" for k, x in values.items())
-                 or f"{re.findall('{(.+)}', v)[0]}, the number in the name"}
+                {"name": f"{name}@{v}", "changes": ", ".join([
+                    *(f"{k}={x}" for k, x in values.items()),
+                    *(f"{k}=the number in the name" for k in re.findall("{(.+?)}", v)),
+                ]) or "nothing: it is the plain algorithm"}
                 for name, agent in loaded.items()
                 for v, values in agent.VARIANTS.items()
             ]  # fmt: skip
