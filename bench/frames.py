@@ -273,7 +273,9 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
     groups = {
         "protocol": protocol,
         "config": spec.get("config", {}),
-        "hardware": _hardware(status.get("machines") or [environment.get("hardware", {})]),
+        "hardware": _hardware(
+            [environment.get("hardware", {}), *environment.get("resumed_on", [])]
+        ),
         "versions": environment.get("versions", {}),
         "numerics": environment.get("numerics", {}),
     }

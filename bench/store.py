@@ -117,15 +117,21 @@ class RunStore:
         write_atomically(store.path / "spec.json", _json(content))
         return store
 
-    def record_environment(self, environment: Callable[[], dict[str, Any]]) -> None:
+    def record_environment(
+        self, environment: Callable[[], dict[str, Any]], hardware: dict[str, Any]
+    ) -> None:
         """Note where the run is trained, unless that is known: it was prepared on the machine that
-        trains it, or began elsewhere before."""
+        trains it. One that began elsewhere notes the other machine's ``hardware`` beside."""
         content = self.description()
         known = content.setdefault("environment", {})
         if "numerics" not in known:
             content["environment"] = environment() | known
-            self._still_mine()
-            write_atomically(self.path / "spec.json", _json(content))
+        elif hardware not in [known.get("hardware"), *known.get("resumed_on", [])]:
+            known["resumed_on"] = [*known.get("resumed_on", []), hardware]
+        else:
+            return
+        self._still_mine()
+        write_atomically(self.path / "spec.json", _json(content))
 
     def description(self) -> dict[str, Any]:
         """The content of spec.json. Raises StoreError if it is missing or damaged."""

@@ -103,12 +103,12 @@ def train(
     with store.locked(expires=lease_seconds, wait=wait_seconds):
         if store.done:
             return
-        store.record_environment(lambda: machine.environment(device, torch.get_num_threads()))
+        store.record_environment(
+            lambda: machine.environment(device, torch.get_num_threads()), machine.hardware(device)
+        )
         before = store.status()
         known: dict[str, Any] = {"step": 0, "steps": spec.protocol.steps_per_task}
         known |= {key: before[key] for key in ("step", "other_numerics") if key in before}
-        machines, here = before.get("machines", []), machine.hardware(device)
-        known["machines"] = machines if here in machines else [*machines, here]
         process = {"pid": os.getpid(), "host": os.uname().nodename}
 
         def heartbeat(step: int, facts: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import re
+from collections.abc import Callable
 
 from reports.tables import Table
 
@@ -75,3 +77,10 @@ def to_latex(source: Table) -> str:
 def to_csv(source: Table) -> str:
     """The tidy numbers behind the table."""
     return source.data.to_csv(index=False, lineterminator="\n")
+
+
+def fill(page: str, kind: str, content: Callable[[str], str]) -> str:
+    """``page`` with ``content(words)`` between every ``<!-- kind: words -->`` and the next
+    ``<!-- end -->``."""
+    mark = re.compile(rf"(<!-- {kind}: ([^\n]+) -->)\n.*?(<!-- end -->)", re.DOTALL)
+    return mark.sub(lambda found: f"{found[1]}\n{content(found[2])}\n{found[3]}", page)

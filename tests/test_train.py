@@ -492,7 +492,6 @@ def test_a_run_tells_of_every_machine_and_of_all_its_time(
     with monkeypatch.context() as patch:
         patch.setattr(machine, "hardware", lambda device: here(device) | {"processor": "another"})
         train(store.spec(), store)
-    train(store.spec(), store)
     row, p = run_row(store, "run"), store.spec().protocol
     assert row["hardware.processor"] == f"{first}, then another"
     assert row["hardware.cores"] == here("cpu")["cores"]

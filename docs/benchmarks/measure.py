@@ -30,6 +30,7 @@ from bench import machine
 from bench.spec import RunSpec
 from bench.speed import example_batch, median_seconds, simulator_rows, speed_rows, work
 from reports.drawing import STYLE, legend, looks, new_figure
+from reports.writers import fill
 
 HERE = Path(__file__).resolve().parent
 SCALED = ("mt_sac", "d2r", "mega")
@@ -215,12 +216,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def with_tables(text: str, found: dict[str, Rows]) -> str:
     """The page ``text`` with its tables, each between its two comments, made of ``found``."""
-    for name, table in TABLES.items():
-        before, begin, rest = text.partition(f"<!-- measured: {name} -->")
-        _, end, after = rest.partition("<!-- end -->")
-        if not end:
-            raise SystemExit(f"the page has no place for the table {name}")
-        text = f"{before}{begin}\n{markdown(table(found))}\n{end}{after}"
+    missing = list(TABLES)
+
+    def table(name: str) -> str:
+        missing.remove(name)
+        return markdown(TABLES[name](found))
+
+    text = fill(text, "measured", table)
+    if missing:
+        raise SystemExit(f"the page has no place for the table {missing[0]}")
     return text
 
 

@@ -3,21 +3,21 @@
     python results/studies/publish.py results/studies/reference
     python results/studies/publish.py results/studies/reference README.md
 
-On the page (the study's README.md unless another is named) the lines between ``<!-- study
-mt10_rand: success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``,
-made of the runs of that suite; ``<!-- study mt10_rand: comparisons mega d2r -->`` of those
-algorithms alone. Figures are written to ``figures/`` of the study. ``<!-- study mt10_rand: scale
--->`` is what holds for all of a suite's tables, ``<!-- study grid: runs -->`` how many runs of the
+On the page (the study's README.md unless another is named) the lines between ``<!-- study:
+mt10_rand success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``,
+made of the runs of that suite; ``<!-- study: mt10_rand comparisons mega d2r -->`` of those
+algorithms alone. Figures are written to ``figures/`` of the study. ``<!-- study: mt10_rand scale
+-->`` is what holds for all of a suite's tables, ``<!-- study: grid runs -->`` how many runs of the
 study's grid are finished. What the results do not support yet becomes a line that says why.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from bench.frames import load
@@ -26,11 +26,7 @@ from bench.sweep import expand, plan, read_grid
 from reports import FIGURES, TABLES, MissingError, Results, Section, sections
 from reports.frames import slug
 from reports.html import mixed
-from reports.writers import markdown_escape, to_markdown
-
-MARK = re.compile(
-    r"<!-- study (?P<suite>\w+): (?P<name>\w+)(?P<only>(?: \S+)*) -->\n.*?<!-- end -->", re.DOTALL
-)
+from reports.writers import fill, markdown_escape, to_markdown
 
 
 def publish(study: Path, page: Path) -> None:
@@ -40,24 +36,21 @@ def publish(study: Path, page: Path) -> None:
     results = Results(**load(study))
     found = {section.suite: section for section in sections(results)}
 
-    def renewed(mark: re.Match[str]) -> str:
-        suite, name, only = mark["suite"], mark["name"], mark["only"].split()
+    def content(words: str) -> str:
+        suite, name, *only = words.split()
         if (suite, name) == ("grid", "runs"):
-            content = finished(specs, study)
-        elif suite not in suites:
+            return finished(specs, study)
+        if suite not in suites:
             raise ValueError(f"{page}: the grid has no suite {suite!r}")
-        elif suite not in found:
-            content = f"*No run of {suite} is finished yet.*"
-        elif name == "scale":
-            content = scale(found[suite])
-        else:
-            section = found[suite].only(only) if only else found[suite]
-            image = study / "figures" / f"{slug(suite, name, *only)}.png"
-            content = made(section, name, image, page)
-        head = mark[0].partition("\n")[0]
-        return f"{head}\n{content}\n<!-- end -->"
+        if suite not in found:
+            return f"*No run of {suite} is finished yet.*"
+        if name == "scale":
+            return scale(found[suite])
+        section = found[suite].only(only) if only else found[suite]
+        image = study / "figures" / f"{slug(suite, name, *only)}.png"
+        return made(section, name, image, page)
 
-    page.write_text(MARK.sub(renewed, page.read_text("utf-8")), "utf-8")
+    page.write_text(fill(page.read_text("utf-8"), "study", content), "utf-8")
 
 
 def made(section: Section, name: str, image: Path, page: Path) -> str:
@@ -66,16 +59,16 @@ def made(section: Section, name: str, image: Path, page: Path) -> str:
         raise ValueError(f"{page}: no table or figure is called {name!r}")
     try:
         if name in TABLES:
-            _title, _, rest = to_markdown(TABLES[name](section)).partition("\n\n")
-            body, _, caption = rest.strip().rpartition("\n\n")
-            return f"{body}\n\n{estimator(caption)}"
+            table = TABLES[name](section)
+            shown = to_markdown(replace(table, caption=estimator(table.caption)))
+            return shown.partition("\n\n")[2].strip()  # the page has headings of its own
         drawing = FIGURES[name](section)
     except MissingError as reason:
         return f"*Not to be had yet: {reason}.*"
     image.parent.mkdir(exist_ok=True)
     image.write_bytes(drawing.png())
     shown = f"![{drawing.title}]({os.path.relpath(image, page.parent)})"
-    return f"{shown}\n\n{estimator(markdown_escape(drawing.caption))}"
+    return f"{shown}\n\n{markdown_escape(estimator(drawing.caption))}"
 
 
 def estimator(caption: str) -> str:
