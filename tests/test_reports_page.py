@@ -44,10 +44,14 @@ def browse(page: Path, tmp_path: Path, *options: str) -> str:
 
 
 def probed(page: Path, tmp_path: Path, width: int, script: str) -> str:
-    """The text that ``script`` leaves in ``out``, run in a copy of the page of that width."""
+    """The text that ``script`` leaves in ``out``, run in a copy of the page of that width.
+
+    It runs once the page has loaded: figures are decoded beside the parser, so that a script at
+    the page's end may come before the last of them.
+    """
     text = page.read_text()
-    probe = f"<pre id='probe'></pre><script>{{let out; {script}; "
-    probe += "document.querySelector('#probe').textContent = 'PROBE ' + out + ' END';}</script>"
+    probe = "<pre id='probe'></pre><script>addEventListener('load', () => {let out; " + script
+    probe += "; document.querySelector('#probe').textContent = 'PROBE ' + out + ' END';})</script>"
     copy = tmp_path / "probe.html"
     copy.write_text(text.replace("</body>", probe + "</body>"))
     found = re.search(
