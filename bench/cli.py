@@ -19,7 +19,7 @@ import typer
 if TYPE_CHECKING:
     from bench.evaluate import Policy
     from bench.spec import RunSpec
-    from bench.speed import Cost
+    from bench.speed import Cost, Meter
     from bench.sweep import Job, Request
     from reports import Results
     from suites.base import VectorEnv
@@ -294,6 +294,7 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     """Plan, train with progress, and end with what the runs brought."""
     from bench import launch, machine, references, sweep
     from bench.progress import Progress
+    from bench.speed import Meter
     from bench.store import StoreError
     from bench.track import sinks
 
@@ -321,8 +322,9 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     console = _console()
 
     def planned(jobs: list[Job]) -> list[Job]:
-        costs = _costs(jobs, here, how.threads)
-        _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, here)
+        with Meter(here) as meter:
+            costs = _costs(jobs, meter, how.threads)
+            _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, meter)
         if not dry_run and local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
             raise WorkError(problem)
         return jobs
@@ -437,21 +439,20 @@ def _workers(text: str, threads: int) -> int:
     return int(text)
 
 
-def _costs(jobs: list[Job], device: str, threads: int) -> dict[str, Cost]:
+def _costs(jobs: list[Job], meter: Meter, threads: int) -> dict[str, Cost]:
     """What a run of each group costs, measured once per group that has work left."""
-    from bench.speed import cost
     from bench.sweep import group
 
     costs: dict[str, Cost] = {}
     for job in jobs:
         if job.outcome in ("pending", "busy") and group(job.spec) not in costs:
             with _status(_console(), f"measuring {job.spec.title} on {job.spec.suite}"):
-                costs[group(job.spec)] = cost(job.spec, device, threads)
+                costs[group(job.spec)] = meter.cost(job.spec, threads)
     return costs
 
 
 def _print_plan(
-    console: Any, jobs: list[Job], costs: dict[str, Cost], workers: int, out: Path, device: str
+    console: Any, jobs: list[Job], costs: dict[str, Cost], workers: int, out: Path, meter: Meter
 ) -> None:
     from bench.spec import preset
     from bench.sweep import group
@@ -463,7 +464,7 @@ def _print_plan(
         small = [job for job in todo if job.spec.preset == chosen.name and not chosen.full_scale]
         if small:
             with _status(console, "measuring the papers' scale"):
-                hours = _paper_hours(small, device)
+                hours = _paper_hours(small, meter)
             here = f": a run on this machine, {hours}" if hours else ""
             console.print(f"The papers' scale is --preset paper{here}")
     already = sum(job.outcome == "skipped" for job in jobs)
@@ -512,11 +513,10 @@ PAPER_EXAMPLES = 3
 """Of these the plan tells the hours at the papers' scale: measuring many takes minutes."""
 
 
-def _paper_hours(jobs: list[Job], device: str) -> str:
+def _paper_hours(jobs: list[Job], meter: Meter) -> str:
     """Hours of one run at the papers' scale, from a moment's measurement, of the first few
     algorithms and suites; empty for suites that are not the papers'."""
     from bench.spec import RunSpec
-    from bench.speed import cost
     from reports import published
 
     hours = []
@@ -524,7 +524,8 @@ def _paper_hours(jobs: list[Job], device: str) -> str:
     pairs = dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs)
     for name, suite in [pair for pair in pairs if pair[1] in of_papers][:PAPER_EXAMPLES]:
         spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
-        hours.append(f"{name} on {suite} {cost(spec, device, 1, budget=0.2).seconds / 3600:,.0f} h")
+        seconds = meter.cost(spec, 1, budget=0.2).seconds
+        hours.append(f"{name} on {suite} {seconds / 3600:,.0f} h")
     return ", ".join(hours)
 
 

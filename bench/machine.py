@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import platform
 import resource
@@ -68,6 +70,17 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_max, 0)  # a threshold instead would leave out blocks above 32 MiB
+
+
+def give_back_memory(device: str) -> None:
+    """Return to the system, and to ``device``, what is no longer used."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def numerics(device: str, threads: int) -> dict[str, str]:

@@ -40,25 +40,57 @@ class Cost(NamedTuple):
     """While it trains: replay and checkpoints."""
 
 
-def cost(spec: RunSpec, device: str, threads: int, budget: float = 1.0) -> Cost:
-    """The estimated cost of ``spec`` from a measurement of a few ``budget`` seconds."""
-    torch.set_num_threads(threads)
-    p, suite = spec.protocol, spec.make_suite()
-    agent = _agent(spec, device)
-    with contextlib.closing(_environments(spec)) as envs:
-        parts = measure(spec, agent, envs, budget)
-    lockstep = parts.act + parts.step
-    steps = p.steps_per_task / p.envs_per_task
-    updates = (p.steps_per_task - p.warmup_steps) / p.envs_per_task * p.updates_per_step
-    during = (p.steps_per_task - 1) // p.eval_every
-    episodes = during + 1 if suite.frozen_goals else during * p.eval_episodes + p.final_episodes
-    seconds = steps * lockstep + updates * parts.update + episodes * p.horizon * lockstep
-    rows = replay_capacity(spec) + replay_slack(spec)
-    replay = ReplayBuffer.bytes_needed(suite.spec, agent.extras_spec, rows)
-    counts = agent.parameter_counts()
-    # Adam keeps two moments of each trained parameter; both critics have a target.
-    checkpoint = 4 * (3 * counts["actor"] + 8 * counts["critic"])
-    return Cost(seconds, replay + 3 * checkpoint)
+class Meter:
+    """Estimates what runs cost from a moment's measurement of each.
+
+    A context: runs that follow each other on one suite share its environments, whose building takes
+    longer than the measuring, and at the end what was taken is given back to the system, which the
+    runs then have for themselves.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._key: tuple[Any, ...] = ()
+        self._envs: VectorEnv | None = None
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        machine.give_back_memory(self._device)
+
+    def cost(self, spec: RunSpec, threads: int, budget: float = 1.0) -> Cost:
+        """The estimated cost of ``spec``, measured for about ``budget`` seconds."""
+        torch.set_num_threads(threads)
+        p, suite = spec.protocol, spec.make_suite()
+        agent = _agent(spec, self._device)
+        parts = measure(spec, agent, self._environments(spec), budget)
+        lockstep = parts.act + parts.step
+        steps = p.steps_per_task / p.envs_per_task
+        updates = (p.steps_per_task - p.warmup_steps) / p.envs_per_task * p.updates_per_step
+        during = (p.steps_per_task - 1) // p.eval_every
+        episodes = during + 1 if suite.frozen_goals else during * p.eval_episodes + p.final_episodes
+        seconds = steps * lockstep + updates * parts.update + episodes * p.horizon * lockstep
+        rows = replay_capacity(spec) + replay_slack(spec)
+        replay = ReplayBuffer.bytes_needed(suite.spec, agent.extras_spec, rows)
+        counts = agent.parameter_counts()
+        # Adam keeps two moments of each trained parameter; both critics have a target.
+        checkpoint = 4 * (3 * counts["actor"] + 8 * counts["critic"])
+        return Cost(seconds, replay + 3 * checkpoint)
+
+    def _environments(self, spec: RunSpec) -> VectorEnv:
+        p = spec.protocol
+        key = (spec.suite, p.goals, p.reward_version, p.horizon, p.envs_per_task)
+        if self._envs is None or key != self._key:
+            self._close()
+            self._envs, self._key = _environments(spec), key
+        return self._envs
+
+    def _close(self) -> None:
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
 
 
 def _environments(spec: RunSpec) -> VectorEnv:
