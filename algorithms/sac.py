@@ -150,7 +150,7 @@ class SAC(Agent):
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
 
     def _new(self, network: nn.Module) -> nn.Module:
-        initialise(network, self.config.init, self.init_generator)
+        initialise(network.cpu(), self.config.init, self.init_generator)  # alike on every device
         return network.to(self.device)
 
     @staticmethod
@@ -333,8 +333,8 @@ class SAC(Agent):
 
     def reset(self) -> None:
         """Start networks, temperatures and optimisers anew (ARS); all else stays."""
-        for network in (self.actor, self.critic):
-            initialise(network, self.config.init, self.init_generator)
+        self._new(self.actor)
+        self._new(self.critic)
         self.target_critic.load_state_dict(self.critic.state_dict())
         with torch.no_grad():
             self.log_alpha.zero_()

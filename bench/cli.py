@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json as json_module
 import os
 import re
@@ -1105,6 +1106,10 @@ def speed(
     simulators: Annotated[
         bool, typer.Option("--simulators", help="Also simulators, beside the suite's own.")
     ] = False,
+    training: Annotated[
+        int,
+        typer.Option("--train", min=0, help="Also train so many steps per task, to time the loop."),
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Milliseconds per update, action and simulator step, and steps/s, on this machine.
@@ -1117,7 +1122,7 @@ def speed(
     import algorithms
     from bench import machine
     from bench.spec import parse_overrides
-    from bench.speed import simulator_rows, speed_rows
+    from bench.speed import simulator_rows, speed_rows, training_rows
     from bench.sweep import names
 
     cores = os.cpu_count() or 1
@@ -1131,21 +1136,27 @@ def speed(
     except ValueError as error:
         raise UsageError(str(error)) from None
     labels = names(algos, "--algos") if algos else algorithms.names()
-    suites = names(suite, "--suite")
-    rows = speed_rows(
-        labels, suites, names(preset, "--preset"), chosen, counts, seconds,
-        parse_overrides(set_ or []),
+    suites, presets, overrides = (
+        names(suite, "--suite"), names(preset, "--preset"), parse_overrides(set_ or []),
     )  # fmt: skip
-    worlds = [row for name in suites if simulators for row in simulator_rows(name, seconds)]
-    facts = machine.hardware(chosen)
+    rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)
+    worlds = [row for name in suites if simulators for row in simulator_rows(name)]
+    trained = [
+        row
+        for name, scale, count in itertools.product(suites, presets, counts)
+        if training
+        for row in training_rows(labels, name, scale, chosen, count, training, overrides)
+    ]
+    facts, versions = machine.hardware(chosen), machine.versions()
     if json:
-        more = {"simulators": worlds, "hardware": facts, "versions": machine.versions()}
+        more = {"simulators": worlds, "training": trained, "hardware": facts, "versions": versions}
         _print_json("speed", rows, more)
         return
-    for table in filter(None, (rows, worlds)):
+    for table in filter(None, (rows, worlds, trained)):
         columns = list(table[0])
         _print_table(columns, [[_short(row[c]) for c in columns] for row in table])
-    print(f"{facts['processor']}, {cores} cores, device {chosen}")
+    software = ", ".join(f"{name} {versions[name]}" for name in machine.PACKAGES)
+    print(f"{facts['processor']}, {cores} cores, device {chosen}; {software}")
 
 
 @app.command()

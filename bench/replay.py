@@ -121,7 +121,7 @@ class ReplayBuffer:
             next_obs=packed[..., d:e],
             terminated=packed[..., e:f],
             truncated=packed[..., f:end],
-            mean_reward=mean.to(self.device).view(-1, 1, 1),
+            mean_reward=mean.to(self.device, non_blocking=True).view(-1, 1, 1),
             extras=self._unpack(packed[..., end:], rows),
         )
 

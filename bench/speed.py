@@ -6,13 +6,16 @@ import contextlib
 import itertools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +23,9 @@ from algorithms.agent import Agent, Batch
 from bench import machine
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
-from bench.train import replay_capacity, replay_slack
-from suites.base import VectorEnv
+from bench.store import RunStore
+from bench.train import replay_capacity, replay_slack, train
+from suites.base import SuiteSpec, VectorEnv
 
 
 class Parts(NamedTuple):
@@ -98,16 +102,31 @@ def _environments(spec: RunSpec) -> VectorEnv:
 
 
 def measure(spec: RunSpec, agent: Agent, envs: VectorEnv, budget: float) -> Parts:
-    """Median seconds of each part, measured for about ``budget`` seconds in all."""
-    p, obs = spec.protocol, envs.reset()
+    """Median seconds of each part, measured for about ``budget`` seconds in all.
+
+    A step of the simulator has its share of the reset that ends an episode.
+    """
+    p, device = spec.protocol, str(agent.device)
+    obs = envs.reset()
+    started = time.perf_counter()
+    envs.reset()
+    reset = (time.perf_counter() - started) / p.horizon
     for task in range(agent.suite.num_tasks):
         for env in range(p.envs_per_task):
             agent.on_episode_start(task, env)
-    action, extras = agent.act(obs, explore=True)
-    act = median_seconds(lambda: agent.act(obs, explore=True), budget / 4)
-    step = median_seconds(lambda: envs.step(action), budget / 4, at_most=p.horizon - 2)
+    extras = agent.act(obs, explore=True).extras
+    act = median_seconds(lambda: agent.act(obs, explore=True), budget / 4, device)
+    actions = random_actions(agent.suite, p.envs_per_task)
+    step = median_seconds(lambda: envs.step(next(actions)), budget / 4, at_most=p.horizon - 2)
     batch = example_batch(agent, p.batch_per_task, extras)
-    return Parts(act, step, median_seconds(lambda: agent.update(batch), budget / 2))
+    update = median_seconds(lambda: agent.update(batch), budget / 2, device)
+    return Parts(act, step + reset, update)
+
+
+def random_actions(suite: SuiteSpec, envs: int) -> Iterator[np.ndarray]:
+    """Actions (T, envs, A), another at each step: one that stays drives an arm to its end."""
+    shape = (100, suite.num_tasks, envs, suite.action_dim)
+    return itertools.cycle(np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32))
 
 
 def example_batch(agent: Agent, rows: int, extras: dict[str, np.ndarray]) -> Batch:
@@ -135,18 +154,27 @@ def example_batch(agent: Agent, rows: int, extras: dict[str, np.ndarray]) -> Bat
     )
 
 
-def median_seconds(action: Callable[[], Any], budget: float, at_most: int = 10_000) -> float:
-    """Median duration of ``action`` over about ``budget`` seconds, after one warm-up."""
-    action()
-    times: list[float] = []
-    while not times or (sum(times) < budget and len(times) < at_most):
+def median_seconds(
+    action: Callable[[], Any], budget: float, device: str = "cpu", at_most: int = 10_000
+) -> float:
+    """Median duration of ``action`` on ``device``, of at least `LEAST` times, after one warm-up."""
+
+    def once() -> float:
         started = time.perf_counter()
         action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once()
+    times: list[float] = []
+    while len(times) < min(LEAST, at_most) or (sum(times) < budget and len(times) < at_most):
+        times.append(once())
     return float(np.median(times))
 
+
+LEAST = 3
+"""Times that anything is measured in each round."""
 
 ROUNDS = 5
 """Times that everything is measured, in turns, so that a busy moment falls on all alike."""
@@ -178,13 +206,16 @@ def speed_rows(
     ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
     machine.keep_freed_memory()
-    rows = []
-    for suite, preset, count in itertools.product(suites, presets, threads):
-        torch.set_num_threads(count)
-        specs = [
+    settings = [
+        [
             RunSpec.resolve(label, suite, 0, preset_name=preset, overrides=overrides)
             for label in labels
         ]
+        for suite, preset in itertools.product(suites, presets)
+    ]
+    rows = []
+    for specs, count in itertools.product(settings, threads):
+        torch.set_num_threads(count)
         rows += _setting(labels, specs, device, count, seconds)
     return rows
 
@@ -208,7 +239,7 @@ def _setting(
         parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
         at_once = agent.suite.num_tasks * spec.protocol.envs_per_task
         batch = example_batch(agent, spec.protocol.batch_per_task, _extras(agent))
-        gflop = work(agent, batch)
+        gflop, learning = work(agent, batch), spec.protocol.updates_per_step * parts.update
         rows.append(
             {
                 "algorithm": label,
@@ -224,46 +255,113 @@ def _setting(
                 "gemm_share": gemm_share(agent, batch),
                 "act_ms": 1e3 * parts.act,
                 "step_ms": 1e3 * parts.step,
-                "steps_per_second": at_once / sum(parts),
+                "steps_per_second": at_once / (parts.act + parts.step + learning),
             }
         )
     return rows
 
 
-def simulator_rows(suite: str, seconds: float = 6.0) -> list[dict[str, Any]]:
+def training_rows(
+    labels: Sequence[str],
+    suite: str,
+    preset: str,
+    device: str,
+    threads: int,
+    steps: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """What real training of ``steps`` per task brings after the warm-up, one algorithm after the
+    other, on disk for as long as it takes.
+
+    ``steps_per_second``: of all tasks together, outside evaluations and checkpoints; ``update``
+    (sampling included), ``simulator``, ``act`` and ``rest``: their shares of that time.
+    """
+    torch.set_num_threads(threads)
+    given = dict(overrides or {})
+    return [_training(label, suite, preset, device, threads, steps, given) for label in labels]
+
+
+def _training(
+    label: str,
+    suite: str,
+    preset: str,
+    device: str,
+    threads: int,
+    steps: int,
+    overrides: dict[str, Any],
+) -> dict[str, Any]:
+    resolve = partial(RunSpec.resolve, label, suite, 0, preset_name=preset)
+    p = resolve(overrides=overrides).protocol
+    episode = p.horizon * p.envs_per_task
+    warmup, length = (max(1, -(-count // episode)) * episode for count in (p.warmup_steps, steps))
+    once = {"steps_per_task": warmup + length, "eval_every": warmup + length, "final_episodes": 1}
+    spec = resolve(overrides=overrides | once)
+    with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
+        store = RunStore.create(Path(folder), spec, machine.environment(device, threads))
+        train(spec, store, device=device, checkpoint_seconds=0.0)  # records times at each episode
+        rows = pd.read_csv(store.path / "timing.csv")
+    cumulative = rows.pivot_table("seconds", "step", "section", aggfunc="max").fillna(0.0)
+    spent = (cumulative.loc[warmup + length] - cumulative.loc[warmup]).to_dict()
+    whole = spent["total"] - spent["evaluation"] - spent["checkpoint"]
+    shares = {part: spent[part] / whole for part in ("update", "simulator", "act")}
+    return {
+        "algorithm": label,
+        "suite": suite,
+        "preset": preset,
+        "threads": threads,
+        "steps": length,
+        "steps_per_second": spec.make_suite().spec.num_tasks * length / whole,
+        **shares,
+        "rest": 1 - sum(shares.values()),
+    }
+
+
+def simulator_rows(suite: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Environment steps/s of our vector environment and of public ones of the same tasks.
 
-    Random actions, all measured in turns; ``ratio``: to the slowest.
+    Each steps an episode's length with random actions, resets included, in turns, ``rounds`` times;
+    ``ratio``: to the slowest.
     """
     world = RunSpec.resolve("mt_sac", suite, 0).make_suite()
-    shape = (world.spec.num_tasks, 1, world.spec.action_dim)
-    action = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    horizon = world.spec.horizon
     with contextlib.ExitStack() as stack:
         steps: dict[str, Callable[[], Any]] = {}
         cores = os.cpu_count() or 1
         for workers in sorted({0, *(2**n for n in range(cores.bit_length())), cores}):
-            envs = world.make(seed=0, workers=workers)
-            stack.callback(envs.close)
+            envs = stack.enter_context(contextlib.closing(world.make(seed=0, workers=workers)))
             envs.reset()
-            name = f"ours, --sim-workers {workers}"
-            steps[name] = partial(envs.step, action)
+            actions = random_actions(world.spec, 1)
+            steps[f"ours, --sim-workers {workers}"] = partial(_step, envs, actions)
         for name, peer in world.peers().items():
-            steps[name] = stack.enter_context(peer())
-        rounds = [
-            {name: median_seconds(step, seconds / ROUNDS) for name, step in steps.items()}
-            for _ in range(ROUNDS)
+            steps[name] = stack.enter_context(peer(horizon))
+        for step in steps.values():  # a first episode of each, to warm up
+            _episode(step, horizon)
+        times = [
+            {name: _episode(step, horizon) for name, step in steps.items()} for _ in range(rounds)
         ]
-    medians = {name: min(each[name] for each in rounds) for name in steps}
+    medians = {name: float(np.median([each[name] for each in times])) for name in steps}
     slowest = max(medians.values())
     return [
         {
             "suite": suite,
             "simulator": name,
-            "steps_per_second": world.spec.num_tasks / value,
+            "steps_per_second": world.spec.num_tasks * horizon / value,
             "ratio": slowest / value,
         }
         for name, value in medians.items()
     ]
+
+
+def _step(envs: VectorEnv, actions: Iterator[np.ndarray]) -> None:
+    envs.step(next(actions))
+
+
+def _episode(step: Callable[[], Any], horizon: int) -> float:
+    """Seconds of so many steps."""
+    started = time.perf_counter()
+    for _ in range(horizon):
+        step()
+    return time.perf_counter() - started
 
 
 def peak_gflops(device: str, budget: float) -> float:
@@ -272,7 +370,7 @@ def peak_gflops(device: str, budget: float) -> float:
     x = torch.rand(rows, inputs, device=device)
     weight, out = torch.rand(inputs, outputs, device=device), torch.empty(rows, outputs)
     out = out.to(device)
-    spent = median_seconds(lambda: torch.mm(x, weight, out=out), budget)
+    spent = median_seconds(lambda: torch.mm(x, weight, out=out), budget, device)
     return 2e-9 * rows * inputs * outputs / spent
 
 

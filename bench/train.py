@@ -13,7 +13,8 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from bench.lease import LEASE_SECONDS
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
 from bench.store import LOOK_SECONDS, BusyError, Row, RunStore, State, StoreError
-from suites.base import Episode, SimulatorError, stream
+from suites.base import Episode, SimulatorError, VectorEnv, stream
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is taken at the first episode boundary this long after the last ..."""
@@ -123,10 +124,15 @@ def train(
             if changed := other_numerics(store, device, allow_other_numerics):
                 known["other_numerics"] = changed
             heartbeat(known["step"], {})
-            run_loop(
-                spec, store, device=device, workers=workers, stop=stop, heartbeat=heartbeat,
-                checkpoint_seconds=checkpoint_seconds,
-            )  # fmt: skip
+            make = partial(spec.make_suite().make, seed=spec.seed, workers=workers)
+            with (
+                closing(make(envs_per_task=spec.protocol.envs_per_task)) as envs,
+                closing(make(autoreset=False)) as eval_envs,
+            ):
+                run_loop(
+                    spec, store, envs, eval_envs, device=device, stop=stop, heartbeat=heartbeat,
+                    checkpoint_seconds=checkpoint_seconds,
+                )  # fmt: skip
         except (Interrupted, KeyboardInterrupt):
             ended("interrupted")
             raise
@@ -144,9 +150,10 @@ def train(
 def run_loop(
     spec: RunSpec,
     store: RunStore,
+    envs: VectorEnv,
+    eval_envs: VectorEnv,
     *,
     device: str,
-    workers: int,
     stop: Callable[[], bool],
     heartbeat: Heartbeat,
     checkpoint_seconds: float,
@@ -155,8 +162,6 @@ def run_loop(
     p, suite = spec.protocol, spec.make_suite()
     names, clock = suite.spec.task_names, Clock()
     agent = spec.agent(suite.spec, spec.agent_config, p.plan, seed=spec.seed, device=device)
-    envs = suite.make(seed=spec.seed, envs_per_task=p.envs_per_task, workers=workers)
-    eval_envs = suite.make(seed=spec.seed, autoreset=False)
     meters = Meters(names)
 
     checkpoint = store.resume()
@@ -263,8 +268,6 @@ def run_loop(
     store.write_probe("trace", agent.trace(measure(p.final_episodes, "final")))
     heartbeat(step, facts)
     store.append_timing(step, clock.seconds(agent.seconds))
-    envs.close()
-    eval_envs.close()
     store.finish()
 
 

@@ -150,10 +150,11 @@ class Suite(ABC):
     def expert(self, obs: np.ndarray) -> np.ndarray:
         """Actions (T, E, A) of the suite's scripted experts for observations (T, E, O)."""
 
-    def peers(self) -> dict[str, Callable[[], AbstractContextManager[Callable[[], Any]]]]:
+    def peers(self) -> dict[str, Callable[[int], AbstractContextManager[Callable[[], Any]]]]:
         """Public vector environments of the same tasks, to be timed beside ours.
 
-        Each opens a context whose value steps all tasks once, with random actions.
+        Each opens, for episodes of so many steps, a context whose value steps all tasks once with
+        random actions.
         """
         return {}
 

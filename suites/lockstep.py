@@ -17,6 +17,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,8 @@ class _Worker:
         )
         self._process.start()
         theirs.close()  # while a copy is open here, the worker's death would not end the pipe
+        # Also when this process ends without `close`: a worker heeds nothing but its pipe.
+        self._end = Finalize(self, _end, (self._pipe, self._process), exitpriority=0)
 
     def submit(self, method: str, *args: Any) -> None:
         """Start a call."""
@@ -260,17 +263,23 @@ class _Worker:
     def close(self) -> None:
         """End the process, also one that is dead or does not listen."""
         self.submit("close")
-        self._process.join(_CLOSE_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._pipe.close()
-        self._process.close()
+        self._end()
+
+
+def _end(pipe: Any, process: Any) -> None:
+    """End a worker, which sees the pipe's end once it has done what it is at."""
+    pipe.close()
+    process.join(_CLOSE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    process.close()
 
 
 def _serve(pipe: Any, make_shard: Callable[[], Shard]) -> None:
     """A worker's life: make the shard, then obey until told to close or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes: the parent decides
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             shard = make_shard()
@@ -307,6 +316,7 @@ class LockstepEnv(VectorEnv):
         self._autoreset = autoreset
         self._seeds = list(seeds)
         self._clock: int | None = None  # steps into the episodes; None: none was started yet
+        self._started = False  # a step that `finish` has not been called for
         self._shape = (spec.num_tasks, envs_per_task)
         rows, shards = len(self._seeds), max(1, min(workers, len(self._seeds)))
         self._arrays = Arrays(spec, rows, shards, shared=workers > 0)
@@ -322,6 +332,7 @@ class LockstepEnv(VectorEnv):
 
     def reset(self, seeds: np.ndarray | None = None) -> np.ndarray:
         """See `VectorEnv.reset`. Raises ValueError for seeds that are not (T, E) integers >= 0."""
+        self._check_idle()
         by_row = None
         if seeds is not None:
             self._seeds = _check_seeds(seeds, self._shape)
@@ -333,17 +344,25 @@ class LockstepEnv(VectorEnv):
     def start(self, action: np.ndarray) -> None:
         """See `VectorEnv.start`.
 
-        Raises RuntimeError after an episode's end without autoreset, SimulatorError if an action
-        is not finite.
+        Raises RuntimeError after an episode's end without autoreset or before the step under way
+        is finished, SimulatorError if an action is not finite.
         """
         if self._clock is None or self._clock == self.spec.horizon:
             raise RuntimeError("the episodes have ended, or none was started: call reset()")
+        self._check_idle()
         self._arrays.action[:] = self._check_action(action)
         self._clock += 1
         self._submit("step", self._clock == self.spec.horizon and self._autoreset)
+        self._started = True
 
     def finish(self) -> Step:
-        """See `VectorEnv.finish`. All arrays of the result are fresh."""
+        """See `VectorEnv.finish`. All arrays of the result are fresh.
+
+        Raises RuntimeError if no step is under way.
+        """
+        if not self._started:
+            raise RuntimeError("no step is under way: call start(action)")
+        self._started = False
         with self._failures():
             self._results()
         self._check_results()
@@ -395,7 +414,7 @@ class LockstepEnv(VectorEnv):
 
     def close(self) -> None:
         """See `VectorEnv.close`."""
-        shards, self._shards, self._clock = self._shards, [], None
+        shards, self._shards, self._clock, self._started = self._shards, [], None, False
         for shard in shards:
             shard.close()
 
@@ -450,9 +469,15 @@ class LockstepEnv(VectorEnv):
     def _submit(self, method: str, *args: Any) -> None:
         if not self._shards:
             raise RuntimeError("the environments are closed")
+        self._check_idle()
         with self._failures():
             for shard in self._shards:
                 shard.submit(method, *args)
+
+    def _check_idle(self) -> None:
+        """A step's late answer must never meet the next call."""
+        if self._started:
+            raise RuntimeError("a step is under way: call finish()")
 
     def _results(self) -> list[Any]:
         results = []
@@ -477,7 +502,7 @@ class LockstepEnv(VectorEnv):
             if error.trace:
                 failure.add_note(f"In the worker process:\n{error.trace}")
             raise failure from error
-        except BaseException:  # Ctrl-C too: a late answer must never meet the next call
+        except BaseException:  # Ctrl-C too: see `_check_idle`
             self.close()
             raise
 

@@ -10,6 +10,7 @@ How they are stepped faster than by themselves is in `suites.sawyer`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -100,7 +101,7 @@ class MetaWorld(Suite):
                     action[task, env] = expert.get_action(obs[task, env].astype(np.float64))
         return np.clip(action, -1.0, 1.0)
 
-    def peers(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
+    def peers(self) -> dict[str, Callable[[int], contextlib.AbstractContextManager[Any]]]:
         """Metaworld's own, in one process and with a process for each task."""
         kind = re.match(r"mt(10|25|50)_", self.spec.name)
         strategies = ("sync", "async") if kind else ()
@@ -112,13 +113,14 @@ class MetaWorld(Suite):
 
 
 @contextlib.contextmanager
-def _official(benchmark: str, strategy: str) -> Iterator[Callable[[], Any]]:
+def _official(benchmark: str, strategy: str, horizon: int) -> Iterator[Callable[[], Any]]:
     """A step of metaworld's vector environment with random actions."""
-    envs = gymnasium.make_vec(f"Meta-World/{benchmark}", vector_strategy=strategy, seed=0)
+    name = f"Meta-World/{benchmark}"
+    envs = gymnasium.make_vec(name, vector_strategy=strategy, seed=0, max_episode_steps=horizon)
     try:
         envs.reset(seed=0)
-        action = envs.action_space.sample()
-        yield lambda: envs.step(action)
+        actions = itertools.cycle([envs.action_space.sample() for _ in range(100)])
+        yield lambda: envs.step(next(actions))
     finally:
         envs.close()
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import algorithms
 import suites
@@ -262,26 +261,6 @@ def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> N
     assert first.action.shape == (3, 1, 4)
     assert first.action.dtype == np.float32
     assert (np.abs(first.action) <= 1).all()
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Refuses to turn a tensor into a Python number."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        assert "_local_scalar_dense" not in name, "update() waits for a number"
-        return func(*args, **(kwargs or {}))
-
-
-def test_update_never_waits_for_the_device(algorithm: str, toy_spec: ToySpec) -> None:
-    agent = make_agent(toy_spec(algorithm))
-    batch = make_batch(agent, 8)
-    agent.update(batch)
-    with NoSynchronisation():
-        metrics = agent.update(batch)
-    for name, value in metrics.items():
-        assert value.shape == (3,), name
-        assert not value.requires_grad, name
 
 
 def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec) -> None:

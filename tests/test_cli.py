@@ -260,8 +260,8 @@ def test_the_doctor_judges_a_run(finished: Path) -> None:
 
 def test_speed_sets_algorithms_side_by_side() -> None:
     done = bench("speed", "--suite", "toy", "--algos", "mt_sac,mega@fixed8", "--preset", "smoke",
-                 "--set", "batch_per_task=20", "--seconds", "0.5", "--simulators", "--json",
-                 )  # fmt: skip
+                 "--set", "batch_per_task=20", "--set", "updates_per_step=3", "--seconds", "0.5",
+                 "--simulators", "--train", "400", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     first, second = report["rows"]
@@ -270,6 +270,8 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     assert (first["algorithm"], second["batch"], second["threads"]) == ("mt_sac", 60, 1)
     assert all(0 < row["gemm_share"] < 1 for row in (first, second))
     assert all(0 < row["peak_share"] < 1 for row in (first, second))
+    step_ms = first["step_ms"] + first["act_ms"] + 3 * first["update_ms"]
+    assert first["steps_per_second"] == pytest.approx(3 * 1000 / step_ms)
     # Layers of 64 on 60 rows. Two critics: forward at the target, the value and the policy; the
     # value's backward pass to the weights and to the inputs of all layers but the first, the
     # policy's to all inputs. Actor: forward at s' and s, backward likewise.
@@ -280,7 +282,17 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     actor = 4 * (first_layer + hidden) - first_layer
     assert first["gflop"] == pytest.approx(2e-9 * 60 * (critic + actor))
     assert report["simulators"][0]["steps_per_second"] > 0
+    for row in report["training"]:
+        assert sum(row[part] for part in ("update", "simulator", "act", "rest")) == pytest.approx(1)
+        assert all(row[part] > 0 for part in ("update", "simulator", "act", "rest"))
+        assert row["steps_per_second"] > 0
     assert report["hardware"]["cores"] >= 1
+
+
+def test_speed_finds_what_is_wrong_before_it_measures() -> None:
+    done = bench("speed", "--suite", "toy,mt10_rnd", "--algos", "mt_sac", "--seconds", "1000")
+    assert done.returncode == 2
+    assert "mt10_rnd" in done.stderr
 
 
 def test_speed_names_the_threads_that_are_possible() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -472,6 +473,21 @@ def test_close_twice() -> None:
     env.close()
     with pytest.raises(RuntimeError, match="closed"):
         env.reset()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_under_way_is_finished_first(workers: int) -> None:
+    action = np.zeros((3, 1, 4))
+    with contextlib.closing(suites.load("toy").make(seed=0, workers=workers)) as env:
+        env.reset()
+        with pytest.raises(RuntimeError, match="no step is under way"):
+            env.finish()
+        env.start(action)
+        for call in (env.reset, partial(env.start, action)):
+            with pytest.raises(RuntimeError, match="finish"):
+                call()
+        env.finish()
+        np.testing.assert_array_equal(env.reset().shape, (3, 1, 39))
 
 
 # Experts

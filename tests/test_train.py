@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -65,12 +66,12 @@ def store(toy_spec: ToySpec, open_store: Open, tmp_path: Path) -> RunStore:
     return open_store(tmp_path, toy_spec())
 
 
-def start(store: RunStore, *options: str) -> subprocess.Popen[bytes]:
-    """The run's own process, as a sweep starts it."""
+def start(store: RunStore, *options: str, group: bool = False) -> subprocess.Popen[bytes]:
+    """The run's own process, as a sweep starts it; in a process group of its own if ``group``."""
     return subprocess.Popen(
         [sys.executable, "-m", "bench.train", str(store.path), *options],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=group,
     )  # fmt: skip
 
 
@@ -402,6 +403,46 @@ def test_it_stops_when_its_real_parent_is_killed(
     while store.busy and time.monotonic() < deadline:
         time.sleep(0.05)
     assert store.status()["state"] == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_its_processes_interrupts_it(
+    number: int, toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    """As a terminal, systemd or SLURM sends it: simulators wait for what the run says."""
+    store = open_store(tmp_path, toy_spec(steps_per_task=100_000, eval_every=100_000))
+    process = start(store, "--sim-workers", "2", group=True)
+    wait_for(lambda: store.status().get("step", 0) > 0, process)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert store.status()["state"] == "interrupted"
+    deadline = time.monotonic() + 20
+    while _alive(process.pid):
+        assert time.monotonic() < deadline, "a simulator is left"
+        time.sleep(0.05)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_training_that_fails_leaves_no_worker(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: Any) -> None:
+        raise DivergenceError("for this test")
+
+    monkeypatch.setattr(Meters, "check", diverged)
+    with pytest.raises(DivergenceError) as caught:
+        train(store.spec(), store, workers=2)
+    assert caught.traceback  # which holds the frames that hold the environments
+    assert not multiprocessing.active_children()
 
 
 def test_two_processes_do_not_train_one_run(
