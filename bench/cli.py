@@ -58,7 +58,10 @@ Workers = Annotated[
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads of each run.")]
 RunsPerDevice = Annotated[
-    int, typer.Option("--runs-per-device", min=1, help="Runs that share a GPU, if there is one.")
+    int,
+    typer.Option(
+        "--runs-per-device", min=1, help="Local and ray: runs that share a GPU, if there is one."
+    ),
 ]
 Launcher = Annotated[
     str, typer.Option("--launcher", help="Where runs are trained: local, ray or slurm.")
@@ -308,7 +311,7 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     except RuntimeError as error:
         raise UsageError(f"--track: {error}") from None
     local, out = how.launcher == "local", how.out
-    at_a_time = _workers(how.workers, how.threads)
+    at_a_time = _workers(how.workers, max(how.threads, how.sim_workers))
     try:
         # A cluster's machines may have devices that this one lacks.
         here = machine.resolve_device(how.device if local else "auto")
@@ -429,12 +432,12 @@ MAX_WORKERS = 1000
 """Processes at a time on one machine: more is a slip of the keyboard."""
 
 
-def _workers(text: str, threads: int) -> int:
+def _workers(text: str, cores_each: int) -> int:
     import os
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if text == "auto":
-        return max(1, (cores or 1) // threads)
+        return max(1, (cores or 1) // cores_each)
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
         raise UsageError(f"--workers {text!r}: expected auto or a number from 1 to {MAX_WORKERS}")
     return int(text)

@@ -1,6 +1,6 @@
 """Measure this machine for docs/benchmarks.md, and put tables and figure of it there.
 
-    python docs/benchmarks/measure.py              about 20 minutes on an idle machine
+    python docs/benchmarks/measure.py              about 40 minutes on an idle machine
     python docs/benchmarks/measure.py paper cpu    these parts again
     python docs/benchmarks/measure.py show         tables and figure of the numbers beside this
 
@@ -28,25 +28,38 @@ from algorithms import names
 from algorithms.mega import MEGA
 from bench import machine
 from bench.spec import RunSpec
-from bench.speed import example_batch, median_seconds, simulator_rows, speed_rows, work
+from bench.speed import (
+    example_batch,
+    median_seconds,
+    simulator_rows,
+    speed_rows,
+    training_rows,
+    work,
+)
 from reports.drawing import STYLE, legend, looks, new_figure
 from reports.writers import fill
 
 HERE = Path(__file__).resolve().parent
 SCALED = ("mt_sac", "d2r", "mega")
 STAGES = ("mt_sac", *(f"mega@fixed{stage}" for stage in (1, 3, 8, 16, 24)))
-EVERY = tuple(dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "mega@critic_mlp"]))
+EVERY = tuple(
+    dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "care@original", "mega@critic_mlp"])
+)
 """MT-SAC first: ratios are to it."""
+TRAINED = ("mega", "d2r", "mtmh_sac", "soft_module")
 TASKS = (1, 10, 25, 50, 200)
 BATCHES = (8, 16, 32, 64, 128, 256)
 HIGH = (0, 1, 3, 5, 10)
 """Tasks of ten that stand at stage 24."""
 AIMS = {
-    "mega": 1.5, "d2r": 1.8, "soft_module": 1.6, "moore": 2.6, "care": 1.3, "paco": 1.4,
-    "mtmh_sac": 1.1, "mega@critic_mlp": 1.05,
+    "mt_sac": 1.18, "mtmh_sac": 1.36, "soft_module": 1.85, "soft_module@shallow": 1.57, "d2r": 2.34,
+    "paco": 1.43, "moore": 3.22, "care@original": 0.84, "mega": 1.77, "mega@critic_mlp": 1.24,
 }  # fmt: skip
-"""What we hold an update at the papers' sizes to, as a multiple of MT-SAC's."""
+"""What we hold an update at the papers' sizes to, as a multiple of the least time of MT-SAC's: the
+page derives them."""
 Rows = list[dict[str, Any]]
+Found = dict[str, dict[str, Any]]
+"""Of a part: ``rows``, and ``hardware``, ``versions`` and ``commit`` they were measured with."""
 
 
 def speed(labels: tuple[str, ...], suites: list[str], preset: str, **more: Any) -> Rows:
@@ -82,15 +95,22 @@ def mixed() -> Rows:
             "update_ms": 1e3 * min(each[place] for each in rounds),
             "gflop": work(agent, batch),
             "growth_ms": 1e3 * max(grown),
-            "processor": machine.hardware("cpu")["processor"],
         }
         for place, (high, agent) in enumerate(zip(HIGH, agents, strict=True))
     ]
 
 
+def training() -> Rows:
+    """What a run's loop makes of it, on one thread."""
+    return training_rows(TRAINED, "mt10_rand", "cpu", "cpu", 1, 2_000)
+
+
+ALL = os.cpu_count() or 1
 PARTS: dict[str, Callable[[], Rows]] = {
     "paper": lambda: speed(EVERY, ["mt10_rand"], "paper"),
-    "simulators": lambda: simulator_rows("mt10_rand", 10),
+    "paper_all": lambda: speed(EVERY, ["mt10_rand"], "paper", threads=[ALL]),
+    "training": training,
+    "simulators": lambda: simulator_rows("mt10_rand"),
     "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
     "mixed": mixed,
     "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
@@ -100,80 +120,99 @@ PARTS: dict[str, Callable[[], Rows]] = {
         for row in speed(SCALED, ["toy10"], "cpu", overrides={"batch_per_task": rows})
     ],
     "cpu": lambda: speed(EVERY, ["mt10_rand"], "cpu"),
-    "threads": lambda: speed(EVERY, ["mt10_rand"], "paper", threads=[os.cpu_count() or 1]),
-    "mt50": lambda: speed(EVERY, ["mt50_rand"], "paper", seconds=6),
+    "cpu_all": lambda: speed(EVERY, ["mt10_rand"], "cpu", threads=[ALL]),
+    "mt50": lambda: speed(EVERY, ["mt50_rand"], "paper"),
+    "mt50_all": lambda: speed(EVERY, ["mt50_rand"], "paper", threads=[ALL]),
 }
 
 
 def measure(parts: Sequence[str]) -> None:
-    """Parts into ``measured.json``, one after the other."""
+    """Parts into ``measured.json``, one after the other, each with where it was measured."""
     to = HERE / "measured.json"
     found: dict[str, Any] = json.loads(to.read_text()) if to.exists() else {}
-    found |= {
+    where = {
         "hardware": machine.hardware("cpu"), "versions": machine.versions(),
         "commit": machine.git_commit(),
     }  # fmt: skip
     for name in parts:
         print(name, flush=True)
-        found[name] = PARTS[name]()
+        found[name] = where | {"rows": PARTS[name]()}
         to.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def of_paper(found: dict[str, Rows]) -> Rows:
-    """An update at the papers' sizes."""
-    return [
-        {
-            "algorithm": f"`{row['algorithm']}`",
-            "ms per update": f"{row['update_ms']:.0f}",
-            "ratio to MT-SAC": f"{row['ratio']:.2f}",
-            "aim": AIMS.get(row["algorithm"], ""),
-            "GFLOP of products": f"{row['gflop']:.1f}",
-            "share of peak": f"{row['peak_share']:.0%}",
-            "ms per act": f"{row['act_ms']:.2f}",
-        }
-        for row in found["paper"]
-    ]
+def rows(found: Found, part: str) -> Rows:
+    """What was measured for a part."""
+    measured: Rows = found[part]["rows"]
+    return measured
 
 
-def of_sizes(found: dict[str, Rows]) -> Rows:
-    """The same updates with all threads, on MT50 and at the reduced preset."""
-    parts = {
-        "paper": "MT10, 1 thread",
-        "threads": f"MT10, {found['threads'][0]['threads']} threads",
-        "mt50": "MT50, 1 thread",
-        "cpu": "MT10, `cpu` preset",
-    }
-    shown = {row["algorithm"]: dict.fromkeys(parts.values(), "–") for row in found["paper"]}
-    for part, words in parts.items():
-        for row in found[part]:
-            places = 0 if row["update_ms"] > 99 else 1
-            shown[row["algorithm"]][words] = f"{row['update_ms']:,.{places}f} ({row['ratio']:.2f})"
-    return [{"algorithm": f"`{name}`"} | cells for name, cells in shown.items()]
-
-
-def of_step(found: dict[str, Rows]) -> Rows:
-    """A whole step of all tasks at the reduced preset."""
+def of_paper(found: Found) -> Rows:
+    """An update at the papers' sizes, on one thread and on all."""
+    both = zip(rows(found, "paper"), rows(found, "paper_all"), strict=True)
+    least = rows(found, "paper")[0]["gflop"]
     shown = []
-    for row in found["cpu"]:
-        parts = {name: row[f"{name}_ms"] for name in ("step", "act", "update")}
-        total = sum(parts.values())
-        shown.append(
-            {
-                "algorithm": f"`{row['algorithm']}`",
-                "ms per step of ten tasks": f"{total:.1f}",
-                "simulator": f"{parts['step'] / total:.0%}",
-                "acting": f"{parts['act'] / total:.0%}",
-                "update": f"{parts['update'] / total:.0%}",
-                "update, share of peak": f"{row['peak_share']:.0%}",
-                "steps per task in an hour": f"{3.6e6 / total:,.0f}",
+    for one, every in both:
+        cells = {
+            "algorithm": f"`{one['algorithm']}`", "GFLOP of products": f"{one['gflop']:.1f}",
+            "of the least, at most": AIMS.get(one["algorithm"], ""),
+        }  # fmt: skip
+        for row in (one, every):
+            threads = f"{row['threads']} thread" + "s" * (row["threads"] > 1)
+            # The time at the peak of what MT-SAC's products need: update x peak / GFLOP.
+            times = row["gflop"] / row["peak_share"] / least
+            cells |= {
+                f"ms, {threads}": f"{row['update_ms']:.0f}",
+                f"of the least, {threads}": f"{times:.2f}",
+                f"share of peak, {threads}": f"{row['peak_share']:.0%}",
             }
-        )
+        shown.append(cells | {"ms per act": f"{one['act_ms']:.2f}"})
     return shown
 
 
-def of_mixed(found: dict[str, Rows]) -> Rows:
+def of_sizes(found: Found) -> Rows:
+    """Updates on MT50 and at the reduced preset, on one thread and on all."""
+    shown: dict[str, dict[str, Any]] = {}
+    for part, words in {"mt50": "MT50", "cpu": "MT10, `cpu` preset"}.items():
+        for of in (part, f"{part}_all"):
+            for row in rows(found, of):
+                threads = f"{words}, {row['threads']} thread" + "s" * (row["threads"] > 1)
+                places = 0 if row["update_ms"] > 99 else 1
+                cells = shown.setdefault(row["algorithm"], {})
+                cells[threads] = f"{row['update_ms']:,.{places}f} ({row['ratio']:.2f})"
+    return [{"algorithm": f"`{name}`"} | cells for name, cells in shown.items()]
+
+
+def of_training(found: Found) -> Rows:
+    """Real training at the reduced preset."""
+    return [
+        {
+            "algorithm": f"`{row['algorithm']}`",
+            "steps/s of all ten tasks": f"{row['steps_per_second']:.0f}",
+            "ms per step of ten tasks": f"{1e4 / row['steps_per_second']:.1f}",
+            **{part: f"{row[part]:.0%}" for part in ("update", "simulator", "act", "rest")},
+            "steps per task in an hour": f"{360 * row['steps_per_second']:,.0f}",
+        }
+        for row in rows(found, "training")
+    ]
+
+
+def of_machine(found: Found) -> Rows:
+    """Where the parts were measured, those of one machine and version together."""
+    groups: dict[str, list[str]] = {}
+    for part, what in found.items():
+        software = ", ".join(
+            f"{name} {what['versions'][name]}" for name in ("torch", "metaworld", "mujoco")
+        )
+        facts = what["hardware"]
+        words = f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gb']} GiB"
+        groups.setdefault(f"{words}; {software}; commit {what['commit'][:7]}", []).append(part)
+    return [{"measured": ", ".join(parts), "on": where} for where, parts in groups.items()]
+
+
+def of_mixed(found: Found) -> Rows:
     """MEGA's update against how many of its tasks have grown."""
-    least, most = found["mixed"][0], found["mixed"][-1]
+    measured = rows(found, "mixed")
+    least, most = measured[0], measured[-1]
 
     def share(row: dict[str, Any], of: str) -> str:
         return f"{(row[of] - least[of]) / (most[of] - least[of]):.0%}"
@@ -186,35 +225,38 @@ def of_mixed(found: dict[str, Rows]) -> Rows:
             "GFLOP of products": f"{row['gflop']:.1f}",
             "of the way": share(row, "gflop"),
         }
-        for row in found["mixed"]
+        for row in measured
     ]
 
 
-def of_machines(found: dict[str, Rows]) -> Rows:
-    """Simulators."""
+def of_simulators(found: Found) -> Rows:
+    """Simulators, beside metaworld's own in one process."""
+    measured = rows(found, "simulators")
+    speeds = {row["simulator"]: row["steps_per_second"] for row in measured}
     return [
         {
             "simulator, MT10, random actions": row["simulator"],
             "environment steps/s": f"{row['steps_per_second']:,.0f}",
-            "against metaworld's sync": f"{row['ratio']:.2f}",
+            "against metaworld's sync": f"{speeds[row['simulator']] / speeds[OFFICIAL]:.2f}",
         }
-        for row in found["simulators"]
+        for row in measured
     ]
 
 
+OFFICIAL = "metaworld's, sync"
 TABLES = {
-    "paper": of_paper, "sizes": of_sizes, "step": of_step, "mixed": of_mixed,
-    "simulators": of_machines,
+    "machine": of_machine, "paper": of_paper, "sizes": of_sizes, "training": of_training,
+    "mixed": of_mixed, "simulators": of_simulators,
 }  # fmt: skip
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(table: Sequence[dict[str, Any]]) -> str:
     """A table of rows of equal keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    lines = [list(table[0]), ["---"] * len(table[0]), *([*row.values()] for row in table)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def with_tables(text: str, found: dict[str, Rows]) -> str:
+def with_tables(text: str, found: Found) -> str:
     """The page ``text`` with its tables, each between its two comments, made of ``found``."""
     missing = list(TABLES)
 
@@ -228,12 +270,12 @@ def with_tables(text: str, found: dict[str, Rows]) -> str:
     return text
 
 
-def drawn(found: dict[str, Rows]) -> Figure:
+def drawn(found: Found) -> Figure:
     """A panel for each of `PANELS`."""
     with mpl.rc_context(STYLE):
         made = new_figure(4.6)
         for axes, part in zip(made.subplots(2, 2).flat, PANELS, strict=True):
-            PANELS[part](axes, found[part])
+            PANELS[part](axes, rows(found, part))
         lines = [
             Line2D([], [], color=LOOKS[label].colour, marker="o", markersize=3, label=label)
             for label in SCALED
@@ -256,15 +298,15 @@ LOOKS = looks(SCALED)
 def against(of: str, words: str) -> Callable[[Axes, Rows], None]:
     """A panel of update times against ``of``, both logarithmic."""
 
-    def panel(axes: Axes, rows: Rows) -> None:
+    def panel(axes: Axes, measured: Rows) -> None:
         for label in SCALED:
-            mine = [row for row in rows if row["algorithm"] == label]
+            mine = [row for row in measured if row["algorithm"] == label]
             curve(axes, [(row[of], row["update_ms"]) for row in mine], LOOKS[label].colour)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(words)
         axes.set_ylabel("ms per update")
-        axes.set_xticks(sorted({row[of] for row in rows}))
+        axes.set_xticks(sorted({row[of] for row in measured}))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_formatter(NullFormatter())
@@ -272,9 +314,9 @@ def against(of: str, words: str) -> Callable[[Axes, Rows], None]:
     return panel
 
 
-def of_stages(axes: Axes, rows: Rows) -> None:
+def draw_stages(axes: Axes, measured: Rows) -> None:
     """MEGA's update against the stage of its tasks, as a multiple of MT-SAC's."""
-    grown = [row for row in rows if row["algorithm"] != "mt_sac"]
+    grown = [row for row in measured if row["algorithm"] != "mt_sac"]
     points = [(int(row["algorithm"].partition("fixed")[2]), row["ratio"]) for row in grown]
     curve(axes, points, LOOKS["mega"].colour)
     axes.axhline(1, color=LOOKS["mt_sac"].colour, linewidth=1)
@@ -283,10 +325,10 @@ def of_stages(axes: Axes, rows: Rows) -> None:
     axes.set_ylabel("update, MT-SAC = 1")
 
 
-def of_simulators(axes: Axes, rows: Rows) -> None:
+def draw_simulators(axes: Axes, measured: Rows) -> None:
     """Steps/s of simulators."""
-    names = [row["simulator"].replace(", ", ",\n") for row in rows]
-    axes.barh(names, [row["steps_per_second"] for row in rows], color="#8a8a8a")
+    labels = [row["simulator"].replace(", ", ",\n") for row in measured]
+    axes.barh(labels, [row["steps_per_second"] for row in measured], color="#8a8a8a")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("environment steps/s (MT10)")
@@ -295,8 +337,8 @@ def of_simulators(axes: Axes, rows: Rows) -> None:
 PANELS: dict[str, Callable[[Axes, Rows], None]] = {
     "tasks": against("tasks", "tasks (toy, cpu preset)"),
     "batches": against("batch", "rows of an update (toy10, cpu preset)"),
-    "stages": of_stages,
-    "simulators": of_simulators,
+    "stages": draw_stages,
+    "simulators": draw_simulators,
 }
 
 
