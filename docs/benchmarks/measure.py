@@ -52,7 +52,7 @@ BATCHES = (8, 16, 32, 64, 128, 256)
 HIGH = (0, 1, 3, 5, 10)
 """Tasks of ten that stand at stage 24."""
 AIMS = {
-    "mt_sac": 1.18, "mtmh_sac": 1.36, "soft_module": 1.85, "soft_module@shallow": 1.57, "d2r": 2.34,
+    "mt_sac": 1.18, "mtmh_sac": 1.36, "soft_module": 1.84, "soft_module@shallow": 1.57, "d2r": 2.34,
     "paco": 1.43, "moore": 3.22, "care@original": 0.84, "mega": 1.77, "mega@critic_mlp": 1.24,
 }  # fmt: skip
 """What we hold an update at the papers' sizes to, as a multiple of the least time of MT-SAC's: the
