@@ -1113,12 +1113,16 @@ def speed(
         int,
         typer.Option("--train", min=0, help="Also train so many steps per task, to time the loop."),
     ] = 0,
+    sim_workers: SimWorkers = 0,
     json: Json = False,
 ) -> None:
     """Milliseconds per update, action and simulator step, and steps/s, on this machine.
 
     Algorithms are measured in turns; "ratio" is an update's time to that of the first, "gflop" the
     work of its matrix products, "peak_share" their rate against that of one large product.
+
+    --train runs the real loop for a while: its rate, and the shares of update, simulator, acting
+    and the rest, without evaluations.
 
     Example: bench speed --algos mt_sac,mega,d2r --preset cpu,paper --threads 1,all
     """
@@ -1148,7 +1152,9 @@ def speed(
         row
         for name, scale, count in itertools.product(suites, presets, counts)
         if training
-        for row in training_rows(labels, name, scale, chosen, count, training, overrides)
+        for row in training_rows(
+            labels, name, scale, chosen, count, training, overrides, sim_workers
+        )
     ]
     facts, versions = machine.hardware(chosen), machine.versions()
     if json:

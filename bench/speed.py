@@ -269,28 +269,32 @@ def training_rows(
     threads: int,
     steps: int,
     overrides: Mapping[str, Any] | None = None,
+    workers: int = 0,
 ) -> list[dict[str, Any]]:
     """What real training of ``steps`` per task brings after the warm-up, one algorithm after the
-    other, on disk for as long as it takes.
+    other, on disk for as long as it takes; ``workers``: processes each simulates in.
 
     ``steps_per_second``: of all tasks together, outside evaluations and checkpoints; ``update``
     (sampling included), ``simulator``, ``act`` and ``rest``: their shares of that time.
     """
     torch.set_num_threads(threads)
-    given = dict(overrides or {})
-    return [_training(label, suite, preset, device, threads, steps, given) for label in labels]
+    return [
+        _training(
+            partial(RunSpec.resolve, label, suite, 0, preset_name=preset), dict(overrides or {}),
+            device, threads, steps, workers,
+        )
+        for label in labels
+    ]  # fmt: skip
 
 
 def _training(
-    label: str,
-    suite: str,
-    preset: str,
+    resolve: Callable[..., RunSpec],
+    overrides: dict[str, Any],
     device: str,
     threads: int,
     steps: int,
-    overrides: dict[str, Any],
+    workers: int,
 ) -> dict[str, Any]:
-    resolve = partial(RunSpec.resolve, label, suite, 0, preset_name=preset)
     p = resolve(overrides=overrides).protocol
     episode = p.horizon * p.envs_per_task
     warmup, length = (max(1, -(-count // episode)) * episode for count in (p.warmup_steps, steps))
@@ -298,17 +302,19 @@ def _training(
     spec = resolve(overrides=overrides | once)
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
         store = RunStore.create(Path(folder), spec, machine.environment(device, threads))
-        train(spec, store, device=device, checkpoint_seconds=0.0)  # records times at each episode
+        # Without a pause between checkpoints it records times at each episode's end.
+        train(spec, store, device=device, workers=workers, checkpoint_seconds=0.0)
         rows = pd.read_csv(store.path / "timing.csv")
     cumulative = rows.pivot_table("seconds", "step", "section", aggfunc="max").fillna(0.0)
     spent = (cumulative.loc[warmup + length] - cumulative.loc[warmup]).to_dict()
     whole = spent["total"] - spent["evaluation"] - spent["checkpoint"]
     shares = {part: spent[part] / whole for part in ("update", "simulator", "act")}
     return {
-        "algorithm": label,
-        "suite": suite,
-        "preset": preset,
+        "algorithm": spec.title,
+        "suite": spec.suite,
+        "preset": spec.preset,
         "threads": threads,
+        "sim_workers": workers,
         "steps": length,
         "steps_per_second": spec.make_suite().spec.num_tasks * length / whole,
         **shares,

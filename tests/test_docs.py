@@ -119,16 +119,23 @@ def test_the_benchmark_page_shows_what_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_the_reference_page_shows_its_runs(tmp_path: Path) -> None:
-    study = tmp_path / "reference"
+@pytest.mark.parametrize(
+    "page", ["results/studies/reference/README.md", "README.md", "docs/benchmarks.md"]
+)
+def test_a_page_shows_the_runs_of_the_reference_study(page: str, tmp_path: Path) -> None:
+    study = tmp_path / "results" / "studies" / "reference"
     shutil.copytree(ROOT / "results" / "studies" / "reference", study)
-    page = study / "README.md"
-    shown = page.read_text("utf-8")
+    copy = tmp_path / page
+    copy.parent.mkdir(exist_ok=True)
+    shown = (ROOT / page).read_text("utf-8")
+    copy.write_text(shown, "utf-8")
     script = ROOT / "results" / "studies" / "publish.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(study)],
+        [sys.executable, str(script), str(study), str(copy)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert page.read_text("utf-8") == shown
-    assert all((study / figure).exists() for figure in re.findall(r"\]\((figures/.*?)\)", shown))
+    assert copy.read_text("utf-8") == shown
+    figures = re.findall(r"\]\(([^)]*figures/[^)]*)\)", shown)
+    assert all((copy.parent / figure).exists() for figure in figures)
+    assert "<!-- study:" in shown

@@ -445,6 +445,17 @@ def test_training_that_fails_leaves_no_worker(
     assert not multiprocessing.active_children()
 
 
+def test_peak_memory_is_the_process_own() -> None:
+    """Not that of the sweep that started it."""
+    ballast = np.ones(150_000_000, np.uint8)
+    script = "from bench import machine; print(machine.peak_memory_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 10_000_000 < int(done.stdout) < 150_000_000
+    assert machine.peak_memory_bytes() > ballast.nbytes
+
+
 def test_two_processes_do_not_train_one_run(
     store: RunStore, capsys: pytest.CaptureFixture[str]
 ) -> None:

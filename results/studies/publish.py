@@ -1,14 +1,15 @@
 """Put tables and figures of a study's finished runs on its page.
 
     python results/studies/publish.py results/studies/reference
-    python results/studies/publish.py results/studies/reference README.md
+    python results/studies/publish.py results/studies/reference README.md docs/benchmarks.md
 
 On the page (the study's README.md unless another is named) the lines between ``<!-- study:
 mt10_rand success_rates -->`` and ``<!-- end -->`` become that table or figure of ``bench report``,
 made of the runs of that suite; ``<!-- study: mt10_rand comparisons mega d2r -->`` of those
 algorithms alone. Figures are written to ``figures/`` of the study. ``<!-- study: mt10_rand scale
--->`` is what holds for all of a suite's tables, ``<!-- study: grid runs -->`` how many runs of the
-study's grid are finished. What the results do not support yet becomes a line that says why.
+-->`` is what holds for all of a suite's tables, ``headline`` the success rates in short, ``<!--
+study: grid runs -->`` how many runs of the study's grid are finished. What the results do not
+support yet becomes a line that says why.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.frames import load
@@ -29,14 +31,14 @@ from reports.html import mixed
 from reports.writers import fill, markdown_escape, to_markdown
 
 
-def publish(study: Path, page: Path) -> None:
-    """Renew every marked place of ``page``. Raises ValueError at a mark that means nothing."""
+def publish(study: Path, pages: Sequence[Path]) -> None:
+    """Renew every marked place of the pages. Raises ValueError at a mark that means nothing."""
     specs = expand(*read_grid(study / "grid.toml"))
     suites = {spec.suite for spec in specs}
     results = Results(**load(study))
     found = {section.suite: section for section in sections(results)}
 
-    def content(words: str) -> str:
+    def content(page: Path, words: str) -> str:
         suite, name, *only = words.split()
         if (suite, name) == ("grid", "runs"):
             return finished(specs, study)
@@ -47,10 +49,14 @@ def publish(study: Path, page: Path) -> None:
         if name == "scale":
             return scale(found[suite])
         section = found[suite].only(only) if only else found[suite]
+        if name == "headline":
+            return headline(section)
         image = study / "figures" / f"{slug(suite, name, *only)}.png"
         return made(section, name, image, page)
 
-    page.write_text(fill(page.read_text("utf-8"), "study", content), "utf-8")
+    for page in pages:
+        text = fill(page.read_text("utf-8"), "study", partial(content, page))
+        page.write_text(text, "utf-8")
 
 
 def made(section: Section, name: str, image: Path, page: Path) -> str:
@@ -69,6 +75,28 @@ def made(section: Section, name: str, image: Path, page: Path) -> str:
     image.write_bytes(drawing.png())
     shown = f"![{drawing.title}]({os.path.relpath(image, page.parent)})"
     return f"{shown}\n\n{markdown_escape(estimator(drawing.caption))}"
+
+
+def headline(section: Section) -> str:
+    """The success rates for a reader in a hurry, beside those of MEGA's and D2R's papers."""
+    try:
+        whole = TABLES["success_rates"](section)
+    except MissingError as reason:
+        return f"*Not to be had yet: {reason}.*"
+    columns = {
+        "Algorithm": section.suite,
+        "Mean ± std": f"success here, {section.scale}",
+        "Seeds": "seeds",
+        "Published: MEGA Table 1": "published, MEGA Table 1",
+        "Published: D2R Table 8": "published, D2R Table 8",
+    }
+    places = [whole.columns.index(column) for column in columns if column in whole.columns]
+    kept = replace(
+        whole,
+        columns=tuple(columns[whole.columns[place]] for place in places),
+        rows=[tuple(row[place] for place in places) for row in whole.rows],
+    )
+    return to_markdown(kept).split("\n\n")[-2]
 
 
 def estimator(caption: str) -> str:
@@ -100,5 +128,4 @@ def finished(specs: list[RunSpec], study: Path) -> str:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    for name in sys.argv[2:] or [str(place / "README.md")]:
-        publish(place, Path(name))
+    publish(place, [Path(name) for name in sys.argv[2:]] or [place / "README.md"])
