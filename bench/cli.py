@@ -490,8 +490,9 @@ def _print_plan(
         longest = max(_remaining(job, seconds[group(job.spec)]) for job in todo)
         working = sorted((costs[group(job.spec)].working_bytes for job in todo), reverse=True)
         console.print(
-            f"Estimated {duration(max(total / workers, longest))} with {workers} at a time, "
-            f"{sum(working[:workers]) / 1e9:.1f} GB of disk while training"
+            f"Estimated {duration(max(total / workers, longest))} with {workers} at a time"
+            + " (measured one at a time; side by side each is slower)" * (workers > 1)
+            + f", {sum(working[:workers]) / 1e9:.1f} GB of disk while training"
         )
 
 

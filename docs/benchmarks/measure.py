@@ -1,6 +1,6 @@
 """Measure this machine for docs/benchmarks.md, and put tables and figure of it there.
 
-    python docs/benchmarks/measure.py              about 40 minutes on an idle machine
+    python docs/benchmarks/measure.py              about 50 minutes on an idle machine
     python docs/benchmarks/measure.py paper cpu    these parts again
     python docs/benchmarks/measure.py show         tables and figure of the numbers beside this
 
