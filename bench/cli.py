@@ -1144,9 +1144,8 @@ def speed(
     except ValueError as error:
         raise UsageError(str(error)) from None
     labels = names(algos, "--algos") if algos else algorithms.names()
-    suites, presets, overrides = (
-        names(suite, "--suite"), names(preset, "--preset"), parse_overrides(set_ or []),
-    )  # fmt: skip
+    suites, presets = names(suite, "--suite"), names(preset, "--preset")
+    overrides = parse_overrides(set_ or [])
     rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)
     worlds = [row for name in suites if simulators for row in simulator_rows(name)]
     trained = [

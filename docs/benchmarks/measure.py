@@ -109,11 +109,9 @@ def training() -> Rows:
 def delay() -> Rows:
     """The same of MEGA with the simulator in a process of its own, waited for or not."""
     return [
-        training_rows(["mega"], "mt10_rand", "cpu", "cpu", 1, 2_000, {"act_delay": value}, workers)[
-            0
-        ]
-        | {"act_delay": value}
-        for workers, value in ((0, 0), (1, 0), (1, 1))
+        row | change
+        for workers, change in ((0, {"act_delay": 0}), (1, {"act_delay": 0}), (1, {"act_delay": 1}))
+        for row in training_rows(["mega"], "mt10_rand", "cpu", "cpu", 1, 2_000, change, workers)
     ]
 
 
