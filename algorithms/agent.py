@@ -45,6 +45,12 @@ class AgentConfig(BaseModel):
         """
         return self
 
+    def _unused(self, *names: str, because: str) -> None:
+        """For validators: raises ValueError if a field that has no effect here is not as it was."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect: {because}")
+
 
 class Match(NamedTuple):
     """The value of a size in VARIANTS at which actor and critic have as many parameters as those of

@@ -23,7 +23,9 @@ Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); 
     seed 0. A task without a sentence, of another suite, gets a fixed vector drawn from its name.
  2. Each critic has a context network of its own; the actor reads the first one's.
  3. The encoders' targets follow with the critics', at 0.005; the authors' at 0.05.
- 4. Output layers of context network and gate start near zero, as every network's here, so attention
+ 4. Attention is the gate's of z alone, as in the authors' code; the paper prints
+    softmax_j(<E_j(s), sg(z)>), and in Alg. 1 a network after the mixture.
+ 5. Output layers of context network and gate start near zero, as every network's here, so attention
     starts uniform; the authors draw them as every layer of theirs (Xavier).
 """
 

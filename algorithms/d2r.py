@@ -112,6 +112,22 @@ class D2RConfig(SACConfig):
             raise ValueError(f"modules={self.modules} do not fill layers={self.layers}")
         return self
 
+    @model_validator(mode="after")
+    def _all_used(self) -> Self:
+        if self.top_k is None:
+            self._unused(
+                "explore_sample", "route_balance", "tau_scale_by_T", "target_routing",
+                "critic_route", because="every module reads all sources (top_k is none)",
+            )  # fmt: skip
+        if not self.explore_sample:
+            self._unused("route_balance", "tau_scale_by_T", because="explore_sample is false")
+        if not self.route_balance:
+            self._unused("tau_scale_by_T", because="route_balance is false")
+        if not self.resrouting:
+            because = "resrouting is false"
+            self._unused("resroute_shortcut_masked", "resroute_threshold", because=because)
+        return self
+
 
 class D2R(SAC):
     """Dynamic depth routing on the shared multi-task SAC."""
@@ -121,6 +137,7 @@ class D2R(SAC):
     PAPER: ClassVar[str] = "He et al. 2023, D2R: multi-task RL with dynamic depth routing"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "authors": {"time_limit": "terminal", "warmup_steps": 4000},
+        # Departures 4 to 7 and SAC's weights as the text prints them; 1 to 3 stay the code's.
         "printed": {
             "resroute_shortcut_masked": True, "resroute_threshold": "at_least",
             "tau_scale_by_T": False, "critic_route": "stored", "loss_weight": "alpha",

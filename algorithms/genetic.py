@@ -78,7 +78,7 @@ def _decimals(bits: ArrayLike, precision: int) -> tuple[NDArray[np.int64], int]:
     if array.dtype.kind not in "biu" or array.ndim == 0 or np.any((array != 0) & (array != 1)):
         raise ValueError("a genotype is a sequence of the integers 0 and 1")
     stage = stage_of(array.shape[-1], precision)
-    powers = 1 << np.arange(precision - 1, -1, -1, dtype=np.int64)  # most significant bit first
+    powers = 1 << np.arange(precision - 1, -1, -1, dtype=np.int64)  # Departure 1
     return array.reshape(*array.shape[:-1], -1, precision) @ powers, stage
 
 
@@ -419,7 +419,7 @@ class GeneticSettings:
     @property
     def abandoned(self) -> int:
         """How many genotypes one optimisation drops and breeds anew."""
-        worst = math.ceil(round(self.population_size * self.abandon_rate, 9))
+        worst = math.ceil(round(self.population_size * self.abandon_rate, 9))  # Departure 2
         return min(max(worst, 1), self.population_size - 1)
 
     @property
@@ -654,7 +654,7 @@ class Community:
         # With several environments per task, episodes of survivors may arrive before the children's
         # first; so no genotype is judged unevaluated. With one environment the sum decides.
         return (
-            sum(evaluations) >= len(population) * self.settings.max_evaluate_times
+            sum(evaluations) >= len(population) * self.settings.max_evaluate_times  # Departure 3
             and min(evaluations) >= self._evaluations_each
         )
 

@@ -46,9 +46,9 @@ class HardRoutingConfig(SACConfig):
     layers: Annotated[int, Field(ge=1)] = 4
     """L (Soft Modularization Sec. 5.2)."""
     modules: Annotated[int, Field(ge=1)] = 4
-    """n, modules in a layer (the same)."""
+    """n, modules in a layer (Soft Modularization Sec. 5.2)."""
     module_width: Annotated[int, Field(ge=1)] = 128
-    """Outputs of a module (the same, deep)."""
+    """Outputs of a module (Soft Modularization Sec. 5.2: deep)."""
     one_hot: bool = True
     """Whether the state encoder sees the one-hot task id (Departure 1)."""
     baseline_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99

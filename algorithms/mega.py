@@ -230,11 +230,6 @@ class MEGAConfig(SACConfig):
             )  # fmt: skip
         return self
 
-    def _unused(self, *names: str, because: str) -> None:
-        for name in names:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect: {because}")
-
     def genetic(self, population_size: int, precision: int) -> GeneticSettings:
         """The genetic algorithm's part of these settings."""
         mine = {field.name: getattr(self, field.name) for field in fields(GeneticSettings)}

@@ -14,6 +14,8 @@ one-hot task id is fed in: the task chooses weights and head.
  1. Initialisation is the shared core's, not the authors' Xavier; w is drawn as a bias-free linear
     layer on a one-hot id.
  2. ``eps`` keeps the normalisation finite where two experts agree (the authors' code has none).
+ 3. Trained by the shared core, with its loss weights and mask, ``grad_clip`` 1 (the authors: none),
+    log std down to -20 (theirs: -10), actor and critics in one step (theirs: the actor first).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -39,13 +41,19 @@ class MOOREConfig(SACConfig):
     width: Annotated[int, Field(ge=1)] = 400
     """Units of each of an expert's layers (MOORE App. A)."""
     depth: Annotated[int, Field(ge=1)] = 3
-    """Layers of an expert, the last one linear (the same)."""
+    """Layers of an expert, the last one linear (MOORE App. A)."""
     experts: Annotated[int, Field(ge=1)] | None = None
     """k; none: 4 up to ten tasks, 6 above (MOORE Sec. 5)."""
     orthogonal: bool = True
     """Whether experts are made orthonormal; otherwise a plain mixture (MOORE Sec. 5.4)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the norms in Gram-Schmidt (Departure 2)."""
+
+    @model_validator(mode="after")
+    def _eps_is_used(self) -> Self:
+        if not self.orthogonal:
+            self._unused("eps", because="orthogonal is false")
+        return self
 
     def for_run(self, suite: SuiteSpec, plan: Plan) -> Self:
         """With the number of experts decided."""

@@ -6,7 +6,8 @@ Yu et al. 2019 (Meta-World, Sec. 5); sizes as compared in D2R Table 2 (five laye
 
 The one-hot id is a bias per task in the first layer: the same function, the same parameters.
 
-**Departures**: none.
+**Departures**: none from D2R's comparison, in which the shared core's loss weights and mask serve
+every algorithm (App. A.2); `no_balance` is MT-SAC as Soft Modularization compares it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ of D2R Table 8 hold with it and not without).
 
     h = trunk([s, (a,) onehot(task)]);   output = h W_task + b_task
 
-**Departures**: none.
+**Departures**: none from D2R's comparison, in which the shared core's loss weights and mask serve
+every algorithm (App. A.2).
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.nn import Init, LayerNorm, draw
@@ -48,6 +48,12 @@ class PaCoConfig(SACConfig):
     """K, parameter sets (D2R Table 6)."""
     reset_extreme: bool = True
     """Whether a task of extreme loss gets a new w (PaCo Sec. 3.4)."""
+
+    @model_validator(mode="after")
+    def _losses_can_be_extreme(self) -> Self:
+        if self.extreme_loss is None:
+            self._unused("reset_extreme", because="extreme_loss is none")
+        return self
 
 
 class PaCo(SAC):

@@ -158,7 +158,9 @@ class RoutedNetwork(nn.Module):
         self.state_encoder = encoder(inputs, width, copies=copies, layer_norm=layer_norm)
         self.task_encoder = TaskEncoder(tasks, width, copies=copies)
         self.router = mlp(width, [router_width] * 2, None, copies=copies)
+        # D2R's Departures 1 and 2: M (M + 1) / 2 connections, the head's included, of one layer.
         self.logits = Linear(router_width, modules * (modules + 1) // 2, copies=copies)
+        # Departure 3: the first module reads ReLU(F(s)).
         self.first = Layers(
             nn.ReLU(), *mlp(width, [module_width], None, copies=copies, layer_norm=layer_norm)
         )

@@ -97,6 +97,12 @@ class SACConfig(AgentConfig):
             raise ValueError("pcgrad is a treatment of plain shared networks: mt_sac and mtmh_sac")
         return self
 
+    @model_validator(mode="after")
+    def _balance_is_on(self) -> Self:
+        if self.reward_balance is None:
+            self._unused("reward_balance_every", because="reward_balance is none")
+        return self
+
 
 ARS: dict[str, Any] = {
     "critic_layer_norm": True,

@@ -6,8 +6,8 @@ SAC; they share nothing but the products in which they are computed.
 
     pi_t, Q_t : [s, (a)] -> 400 -> 400 -> 400 -> output, for every task t
 
-What couples tasks in the shared core is off: losses are summed, not weighted; no task is masked;
-gradients are clipped agent by agent.
+What couples tasks in the shared core is off: losses are summed, not weighted, and no task is masked
+(``loss_weight`` and ``extreme_loss`` have no effect); gradients are clipped agent by agent.
 
 **Departures**
  1. ``reward_balance``, of the reduced presets' recipe, stays as for every algorithm: it scales a
@@ -16,9 +16,10 @@ gradients are clipped agent by agent.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.nn import mlp
@@ -31,7 +32,15 @@ class SingleTaskSACConfig(SACConfig):
     width: Annotated[int, Field(ge=1)] = 400
     """Units of each hidden layer (Soft Modularization Sec. 5.2)."""
     depth: Annotated[int, Field(ge=1)] = 3
-    """Hidden layers (the same)."""
+    """Hidden layers (Soft Modularization Sec. 5.2)."""
+
+    @model_validator(mode="after")
+    def _tasks_stay_apart(self) -> Self:
+        because = "every task has an agent of its own"
+        if self.loss_weight != "none":
+            self._unused("loss_weight", because=because)
+        self._unused("extreme_loss", because=because)
+        return self
 
 
 class SingleTaskSAC(SAC):
@@ -55,5 +64,7 @@ class SingleTaskSAC(SAC):
 
     def task_weights(self, total_loss: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
         """T for each task, which makes the mean over tasks a sum."""
-        every = total_loss.detach() * 0 + len(total_loss)
+        total = total_loss.detach()
+        # A loss that is not a number must surface as such, as in the shared core.
+        every = torch.where(total.isfinite(), len(total), total)
         return every, every

@@ -49,9 +49,9 @@ class SoftModuleConfig(SACConfig):
     layers: Annotated[int, Field(ge=2)] = 4
     """L (Soft Modularization Sec. 5.2: deep)."""
     modules: Annotated[int, Field(ge=1)] = 4
-    """n, modules in a layer (the same)."""
+    """n, modules in a layer (Soft Modularization Sec. 5.2)."""
     module_width: Annotated[int, Field(ge=1)] = 128
-    """d, outputs of a module (the same)."""
+    """d, outputs of a module (Soft Modularization Sec. 5.2)."""
     widen: Annotated[float, Field(gt=0)] = 1.0
     """Times the module width, for variants that a preset scales like the others."""
     router_width: Annotated[int, Field(ge=1)] = 256
@@ -162,12 +162,12 @@ class SoftModuleNetwork(nn.Module):
         """P^1 .. P^{L-1}, each (C, T, B, n, n), and q (C, T, B, n) of the code's output."""
         task = self.task_encoder()  # (C, T, 1, D)
         joint = state * task if self.state_routing else task.expand_as(state)
-        features = self.features(joint.relu()) if self.reading == "code" else joint
+        features = self.features(joint.relu()) if self.reading == "code" else joint  # Departure 1
         n = self.modules_count
         logits = [self.logits[0](features.relu())]  # (C, T, B, n n)
         weights = [_rows(logits[0], n)]
         for condition, layer in zip(self.conditions, self.logits[1:], strict=True):
-            code = self.reading == "code"
+            code = self.reading == "code"  # Departure 2
             before = torch.cat([w.flatten(-2) for w in weights], -1) if code else logits[-1]
             logits.append(layer(gated(features, cast(Linear, condition), before)))
             weights.append(_rows(logits[-1], n))
@@ -184,10 +184,11 @@ class SoftModuleNetwork(nn.Module):
         if q is None:
             return self._as_printed(state, weights)
         normed = len(self.norms) > 0
-        x = state.relu()[:, None]  # what each module of a layer reads, (C, 1 or n, T, B, ...)
-        for layer, p in enumerate([*weights, q[..., None, :]]):
+        # What each module of a layer reads, (C, 1 or n, T, B, ...); of the first, Departure 5.
+        x = state.relu()[:, None]
+        for layer, p in enumerate([*weights, q[..., None, :]]):  # q: Departure 4
             module = cast(ModuleLinear, self.stack[layer])
-            x = blended(p, module.product(x), module.bias, rectify=not normed)
+            x = blended(p, module.product(x), module.bias, rectify=not normed)  # Departure 3
             if normed:
                 x = self.norms[layer](x).relu()
         output: Tensor = self.head(x[:, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json as json_module
+import math
 import os
 import re
 import shlex
@@ -92,7 +93,12 @@ Hang = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps per task.")]
 Seeds = Annotated[
-    str | None, typer.Option("--seeds", help="5 means seeds 0 to 4; 0-9, 3,7 and 3-3 name them.")
+    str | None,
+    typer.Option(
+        "--seeds",
+        help="5 means seeds 0 to 4; 0-9, 3,7 and 3-3 name them. Default: as many as the preset's "
+        "source asks for, or 5.",
+    ),
 ]
 Track = Annotated[
     str,
@@ -182,8 +188,8 @@ def run(
             "say what to run: --algos mega,d2r --suite mt10_rand --seeds 5, or --grid FILE.toml"
         )
     else:
-        given = "5" if seeds is None else seeds
-        requests, mistakes = read_options(algos, suite, given, preset or "cpu")
+        scale = preset or "cpu"
+        requests, mistakes = read_options(algos, suite, _seeds(seeds, scale), scale)
     requests = [_with_overrides(request, overrides) for request in requests]
     how = How(
         out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
@@ -236,7 +242,8 @@ def ablate(
     requests = [
         Request(
             entry["algos"], names(suite or entry.get("suite", "mt10_rand"), "--suite"),
-            parse_seeds("5" if seeds is None else seeds), preset, entry.get("set", {}) | overrides,
+            parse_seeds(_seeds(seeds, preset)), preset, entry.get("set", {}) | overrides,
+            shared=overrides,
         )
         for name, entry in shipped.items()
         if ablation in (name, "all")
@@ -260,10 +267,22 @@ def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
     return overrides
 
 
+def _seeds(given: str | None, scale: str) -> str:
+    """``--seeds``, or as many as the preset's source asks for (5 where it does not, or the preset
+    is unknown, of which others complain)."""
+    from bench import spec
+
+    if given is not None:
+        return given
+    known = scale in spec.preset_names()
+    return str((spec.preset(scale).seeds if known else None) or 5)
+
+
 def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
     from dataclasses import replace
 
-    return replace(request, overrides=dict(request.overrides) | overrides)
+    shared = {*request.shared, *overrides}
+    return replace(request, overrides=dict(request.overrides) | overrides, shared=shared)
 
 
 class How(NamedTuple):
@@ -303,20 +322,18 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     from bench.track import sinks
 
     launch.launcher_options(how.launcher, how.launcher_set)
-    if 0 < how.hang_seconds < 1:
+    if not (how.hang_seconds == 0 or how.hang_seconds >= 1):
         raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
     budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
     try:
         trackers = sinks(how.track)
     except RuntimeError as error:
         raise UsageError(f"--track: {error}") from None
-    local, out = how.launcher == "local", how.out
+    local = how.launcher == "local"
+    out = how.out if local else how.out.resolve()  # other machines have other working directories
     at_a_time = _workers(how.workers, max(how.threads, how.sim_workers))
-    try:
-        # A cluster's machines may have devices that this one lacks.
-        here = machine.resolve_device(how.device if local else "auto")
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    # A cluster's machines may have devices that this one lacks.
+    here = _device(how.device if local else "auto")
     gpus = machine.gpus(here) if local else []
     if gpus:  # each run sees one of them
         at_a_time = min(at_a_time, len(gpus) * how.runs_per_device)
@@ -363,10 +380,8 @@ def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
     interrupted = under_way.interrupted
     if not interrupted and any(job.outcome != "busy" for job in jobs):
         with _status(console, "evaluating the scripted experts and the random policy"):
-            try:
-                references.ensure(specs, out, machine.environment(here, how.threads))
-            except (StoreError, OSError) as error:
-                print(f"bench: no reference rows: {error}", file=sys.stderr)
+            for problem in references.ensure(specs, out, machine.environment(here, how.threads)):
+                print(f"bench: no reference rows of {problem}", file=sys.stderr)
     if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
         print(f"bench: {problem}", file=sys.stderr)
     _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
@@ -428,16 +443,25 @@ class _Aside:
             self._follower = None
 
 
+def _device(name: str) -> str:
+    """`--device`, resolved. Raises UsageError for one that is not here."""
+    from bench import machine
+
+    try:
+        return machine.resolve_device(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 MAX_WORKERS = 1000
 """Processes at a time on one machine: more is a slip of the keyboard."""
 
 
 def _workers(text: str, cores_each: int) -> int:
-    import os
+    from bench import machine
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if text == "auto":
-        return max(1, (cores or 1) // cores_each)
+        return max(1, machine.cores() // cores_each)
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
         raise UsageError(f"--workers {text!r}: expected auto or a number from 1 to {MAX_WORKERS}")
     return int(text)
@@ -445,13 +469,11 @@ def _workers(text: str, cores_each: int) -> int:
 
 def _costs(jobs: list[Job], meter: Meter, threads: int) -> dict[str, Cost]:
     """What a run of each group costs, measured once per group that has work left."""
-    from bench.sweep import group
-
     costs: dict[str, Cost] = {}
     for job in jobs:
-        if job.outcome in ("pending", "busy") and group(job.spec) not in costs:
+        if job.outcome in ("pending", "busy") and job.group not in costs:
             with _status(_console(), f"measuring {job.spec.title} on {job.spec.suite}"):
-                costs[group(job.spec)] = meter.cost(job.spec, threads)
+                costs[job.group] = meter.cost(job.spec, threads)
     return costs
 
 
@@ -459,7 +481,6 @@ def _print_plan(
     console: Any, jobs: list[Job], costs: dict[str, Cost], workers: int, out: Path, meter: Meter
 ) -> None:
     from bench.spec import preset
-    from bench.sweep import group
 
     todo = [job for job in jobs if job.outcome == "pending"]
     for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
@@ -481,19 +502,25 @@ def _print_plan(
     )
     for line in _plugins([job.spec for job in jobs]):
         console.print(f"  {line}")
-    seconds = {group(job.spec): costs[group(job.spec)].seconds for job in todo}
-    for name, cost in seconds.items():
-        count = sum(group(job.spec) == name for job in todo)
-        console.print(f"  {name}: {count} x {duration(cost)}")
+    for group, alike in _by_group(todo).items():
+        spec, each = alike[0].spec, duration(costs[group].seconds)
+        console.print(f"  {spec.suite} {spec.title} {spec.preset}: {len(alike)} x {each}")
     if todo:
-        total = sum(_remaining(job, seconds[group(job.spec)]) for job in todo)
-        longest = max(_remaining(job, seconds[group(job.spec)]) for job in todo)
-        working = sorted((costs[group(job.spec)].working_bytes for job in todo), reverse=True)
+        left = [_remaining(job, costs[job.group].seconds) for job in todo]
+        total, longest = sum(left), max(left)
+        working = sorted((costs[job.group].working_bytes for job in todo), reverse=True)
         console.print(
             f"Estimated {duration(max(total / workers, longest))} with {workers} at a time"
             + " (measured one at a time; side by side each is slower)" * (workers > 1)
             + f", {sum(working[:workers]) / 1e9:.1f} GB of disk while training"
         )
+
+
+def _by_group(jobs: list[Job]) -> dict[str, list[Job]]:
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    return groups
 
 
 def _plugins(specs: list[RunSpec]) -> list[str]:
@@ -657,7 +684,10 @@ def _names_apart(sources: list[Path]) -> list[str]:
 
 def _last_change(sources: list[Path]) -> float:
     """When the newest status or metrics below the directories were written."""
-    files = [f for s in sources for name in ("status.json", "metrics.csv") for f in s.rglob(name)]
+    from bench.store import find
+
+    written = ("status.json", "metrics.csv")
+    files = [store.path / name for source in sources for store in find(source) for name in written]
     return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
@@ -853,44 +883,37 @@ def eval_(
     if film is not None and not video:
         raise UsageError(f"{film}: a file is for --video")
     _prepare_rendering(film, video=video)
-    from bench import machine, references
-    from bench.evaluate import episodes_needed, evaluate
+    from bench import references
+    from bench.evaluate import evaluate
     from bench.store import StoreError, open_run
     from suites.base import unknown
 
     known = ["agent", *references.POLICIES]
     if policy not in known:
         raise UsageError(unknown("policy", policy, known))
-    store = open_run(out, run)
+    store, chosen = open_run(out, run), _device(device)
     try:
         spec = store.spec()
         suite = spec.make_suite()
+        if video and film is None and policy not in ("agent", spec.algorithm):
+            raise UsageError(
+                f"--video of {policy}: name a FILE, the run keeps its own policy's clips"
+            )
         if policy == "agent":
             checkpoint = store.load_checkpoint()
             if checkpoint is None:
                 raise WorkError(f"{store.path} has no checkpoint to evaluate")
-            agent = spec.agent(
-                suite.spec, spec.agent_config, spec.protocol.plan, seed=spec.seed,
-                device=machine.resolve_device(device),
-            )  # fmt: skip
+            agent = spec.make_agent(chosen)
             agent.load_state_dict(checkpoint[1]["agent"])
             step = checkpoint[0]
-            count = episodes_needed(suite, episodes)
             act: Policy = lambda obs: agent.act(obs, explore=False).action  # noqa: E731
         else:
             step, act = 0, references.policy(policy, suite, spec)
-            count = episodes if policy == "random" else episodes_needed(suite, episodes)
     except StoreError as error:
         raise WorkError(str(error)) from None
-    outcome = evaluate(
-        act, suite.make(seed=spec.seed, autoreset=False), count, spec.protocol.eval_seed
-    )
-    if video and film is None and policy not in ("agent", spec.algorithm):
-        raise UsageError(f"--video of {policy}: name a FILE, the run keeps its own policy's clips")
-    if video:
-        filmed = suite.make(seed=spec.seed, autoreset=False)
-        for path in _film(act, filmed, spec.protocol.eval_seed, store.path, film):
-            print(path, file=sys.stderr)
+    count = references.episodes_of(policy, suite, episodes)
+    with contextlib.closing(suite.make(seed=spec.seed, autoreset=False)) as envs:
+        outcome = evaluate(act, envs, count, spec.protocol.eval_seed)
     rows: list[dict[str, Any]] = [
         {
             "task": task, "successes": int(outcome.success[i].sum()), "episodes": count,
@@ -900,14 +923,18 @@ def eval_(
     ]  # fmt: skip
     if json:
         _print_json("eval", rows)
-        return
-    if count < episodes:
-        print(f"goals are frozen: all {episodes} episodes of this policy are alike, 1 was run")
-    _print_table(
-        ["task", "success", "return"],
-        [[r["task"], f"{r['successes']}/{r['episodes']}", f"{r['return']:.1f}"] for r in rows],
-    )
-    print(f"mean success {outcome.success.mean():.3f} at step {step:,} per task")
+    else:
+        if count < episodes:
+            print(f"goals are frozen: all {episodes} episodes of this policy are alike, 1 was run")
+        _print_table(
+            ["task", "success", "return"],
+            [[r["task"], f"{r['successes']}/{r['episodes']}", f"{r['return']:.1f}"] for r in rows],
+        )
+        print(f"mean success {outcome.success.mean():.3f} at step {step:,} per task")
+    if video:
+        filmed = suite.make(seed=spec.seed, autoreset=False)
+        for path in _film(act, filmed, spec.protocol.eval_seed, store.path, film):
+            print(path, file=sys.stderr)
 
 
 def _prepare_rendering(file: Path | None, *, video: bool) -> None:
@@ -947,7 +974,10 @@ def _film(
         names = [run / VIDEO / f"{task}.webp" for task in envs.spec.task_names]
         clips = dict(zip(names, films, strict=True))
     for path, pictures in clips.items():
-        video.write(pictures, path)
+        try:
+            video.write(pictures, path)
+        except OSError as error:
+            raise WorkError(f"cannot write {path}: {error.strerror or error}") from None
     return list(clips)
 
 
@@ -1069,11 +1099,9 @@ def params(
     for suite_name in names(suite, "--suite"):
         for label in names(algos, "--algos") if algos else algorithms.names():
             spec = RunSpec.resolve(label, suite_name, 0, preset_name=preset)
-            tasks = spec.make_suite().spec
-            counts = spec.agent(
-                tasks, spec.agent_config, spec.protocol.plan, seed=0
-            ).parameter_counts()
-            column = {10: "mt10_millions", 50: "mt50_millions"}.get(tasks.num_tasks)
+            counts = spec.make_agent().parameter_counts()
+            published_for = re.match(r"mt(10|50)_", suite_name)
+            column = published_for and f"{published_for[0][:-1]}_millions"
             printed = None
             if column and label in published.index:
                 printed = float(published[column].loc[label])
@@ -1129,33 +1157,40 @@ def speed(
     """
     import algorithms
     from bench import machine
-    from bench.spec import parse_overrides
+    from bench.spec import RunSpec, parse_overrides
     from bench.speed import simulator_rows, speed_rows, training_rows
     from bench.sweep import names
 
-    cores = os.cpu_count() or 1
+    cores = machine.cores()
     counts = []
     for text in names(threads, "--threads"):
         if text != "all" and not (text.isdecimal() and 1 <= int(text) <= cores):
             raise UsageError(f"--threads {text!r}: allowed are 1 to {cores}, and all")
         counts.append(cores if text == "all" else int(text))
-    try:
-        chosen = machine.resolve_device(device)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    chosen = _device(device)
     labels = names(algos, "--algos") if algos else algorithms.names()
     suites, presets = names(suite, "--suite"), names(preset, "--preset")
     overrides = parse_overrides(set_ or [])
     rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)
-    worlds = [row for name in suites if simulators for row in simulator_rows(name)]
-    trained = [
+    worlds = [
         row
-        for name, scale, count in itertools.product(suites, presets, counts)
-        if training
-        for row in training_rows(
-            labels, name, scale, chosen, count, training, overrides, sim_workers
+        for name, scale in itertools.product(suites, presets)
+        if simulators
+        for row in simulator_rows(
+            RunSpec.resolve(labels[0], name, 0, preset_name=scale, overrides=overrides)
         )
     ]
+    try:
+        trained = [
+            row
+            for name, scale, count in itertools.product(suites, presets, counts)
+            if training
+            for row in training_rows(
+                labels, name, scale, chosen, count, training, overrides, sim_workers
+            )
+        ]
+    except (RuntimeError, OSError) as error:  # training that diverges, a simulator, a full disk
+        raise WorkError(f"--train: {error}") from None
     facts, versions = machine.hardware(chosen), machine.versions()
     if json:
         more = {"simulators": worlds, "training": trained, "hardware": facts, "versions": versions}
@@ -1210,19 +1245,14 @@ def verify(
 
     Example: bench verify mt10_rand/mega/0
     """
-    from bench import machine
-    from bench.store import StoreError, open_run
+    from bench.store import open_run
     from bench.verify import steps_to_verify
     from bench.verify import verify as again
 
-    store = open_run(out, run)
-    try:
-        chosen = machine.resolve_device(device)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    store, chosen = open_run(out, run), _device(device)
     try:
         verdict = again(store, steps or steps_to_verify(store.spec()), chosen)
-    except (StoreError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # of the store, of training, of the simulator
         raise WorkError(str(error)) from None
     if json:
         _print_json("verify", [verdict._asdict()])
@@ -1259,16 +1289,24 @@ def _console() -> Any:
 
 def _status(console: Any, text: str) -> Any:
     """A spinner on a terminal, nothing elsewhere."""
-    from contextlib import nullcontext
-
-    return console.status(text) if console.is_terminal else nullcontext()
+    return console.status(text) if console.is_terminal else contextlib.nullcontext()
 
 
 def _print_json(
     kind: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None
 ) -> None:
     content = {"schema": SCHEMA, "kind": kind, "rows": rows} | dict(more or {})
-    print(json_module.dumps(content, indent=1))
+    print(json_module.dumps(_finite(content), indent=1, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    """With null for numbers that JSON does not know."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    unknown = isinstance(content, float) and not math.isfinite(content)
+    return None if unknown else content
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -1297,7 +1335,6 @@ def _short(value: Any) -> str:
 
 def main() -> NoReturn:
     """Run the command line: errors on stderr, 2 bad usage, 1 failed work, 130 interrupted."""
-    import os
 
     try:
         app(standalone_mode=True)

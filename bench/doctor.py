@@ -24,7 +24,7 @@ Check = dict[str, Any]
 
 
 def machine_checks(out: Path) -> list[Check]:
-    """Versions, device, simulator, compiler, renderer and free disk of this machine."""
+    """Versions, device, simulator, renderer and free disk of this machine."""
     import torch
 
     checks = [_check(f"version of {k}", "good", v) for k, v in machine.versions().items()]
@@ -35,17 +35,12 @@ def machine_checks(out: Path) -> list[Check]:
     checks.append(
         _check(
             "device", "good" if cuda else "note",
-            torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+            torch.cuda.get_device_name() if cuda else f"CPU, {machine.cores()} cores",
             "" if cuda else "fine for the cpu preset; the paper preset wants a GPU build of torch",
         )
     )  # fmt: skip
     renderer = _renderer()
     checks.append(_simulator(renderer))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    checks.append(
-        _check("compiler", "good" if compiler else "note", compiler or "none",
-               "" if compiler else "only torch.compile would need one")
-    )  # fmt: skip
     checks.append(renderer)
     place = out
     while not place.is_dir():
@@ -222,8 +217,6 @@ def _renderer() -> Check:
 
 
 def _simulator(renderer: Check) -> Check:
-    import numpy as np
-
     import suites
 
     try:

@@ -241,9 +241,18 @@ def _header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
 
 def run_row(store: RunStore, name: str) -> dict[str, Any]:
     """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
+    try:
+        return _run_row(store, name)
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+        raise StoreError(f"{store.path / 'spec.json'} is damaged: {wrong}") from None
+
+
+def _run_row(store: RunStore, name: str) -> dict[str, Any]:
     content, status = _description(store), state_of(store)
     spec = content.get("spec", content)
     environment = content.get("environment", {})
+    stretches = [environment, *environment.get("resumed", [])]
     protocol = spec.get("protocol", {})
     parameters, seconds = status.get("parameters", {}), _last_total(store)
     flat: dict[str, Any] = {
@@ -266,17 +275,15 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
         "updates_per_second": _updates_per_second(protocol, status.get("step", 0), seconds),
         "heartbeat": status.get("time"),
         "error": status.get("error", ""),
-        "git_commit": environment.get("git_commit", ""),
+        "git_commit": then([one.get("git_commit", "") for one in stretches]),
         "other_numerics": ", ".join(status.get("other_numerics", [])),
         "command": _command(spec),
     }
     groups = {
         "protocol": protocol,
         "config": spec.get("config", {}),
-        "hardware": _hardware(
-            [environment.get("hardware", {}), *environment.get("resumed_on", [])]
-        ),
-        "versions": environment.get("versions", {}),
+        "hardware": _each([one.get("hardware", {}) for one in stretches]),
+        "versions": _each([one.get("versions", {}) for one in stretches]),
         "numerics": environment.get("numerics", {}),
     }
     for group, values in groups.items():
@@ -324,16 +331,17 @@ def state_of(store: RunStore) -> dict[str, Any]:
     return status
 
 
-def _hardware(machines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the machine of a run, or of all, one after the other, that trained it."""
-    every: dict[str, list[Any]] = {}
-    for facts in machines:
-        for key, value in facts.items():
-            every.setdefault(key, []).append(value)
+def _each(stretches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts under which a run was trained, or went on to be trained, one after the other."""
     return {
-        key: values[0] if len(set(values)) == 1 else ", then ".join(map(str, values))
-        for key, values in every.items()
+        key: then([facts[key] for facts in stretches if key in facts])
+        for key in dict.fromkeys(key for facts in stretches for key in facts)
     }
+
+
+def then(values: list[Any]) -> Any:
+    """The value that all are, or "a, then b"."""
+    return values[0] if len(set(values)) == 1 else ", then ".join(map(str, values))
 
 
 def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | None) -> float | None:

@@ -27,6 +27,8 @@ from bench.store import RunStore
 from bench.train import EXIT_FAILED, EXIT_INTERRUPTED
 from suites.base import unknown
 
+ROOT = Path(__file__).resolve().parent.parent
+"""Where this package is imported from."""
 POLL_SECONDS = 0.2
 REMOTE_WAIT_SECONDS = 120.0
 """For so long a run started again elsewhere waits for its orphan, which ends with its episode."""
@@ -49,7 +51,10 @@ class Order(NamedTuple):
         limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         if gpu is not None:
             limits["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", "bench.train", str(self.run), *self.options]
+        # -P and the path: the code that runs here, not what the working directory has by its name.
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        limits["PYTHONPATH"] = os.pathsep.join(paths)
+        command = [sys.executable, "-P", "-m", "bench.train", str(self.run), *self.options]
         with (self.run / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -102,7 +107,14 @@ class Local:
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
-        return [_Process(self._start(order)) for order in orders]
+        started: list[Handle] = []
+        try:
+            started.extend(_Process(self._start(order)) for order in orders)
+        except OSError:  # nobody would hear of the others
+            for handle in started:
+                handle.stop()
+            raise
+        return started
 
     def _start(self, order: Order) -> subprocess.Popen[bytes]:
         if not self._on:
@@ -295,15 +307,16 @@ class Submitit:
         """See `Launcher.start`."""
         with self._executor.batch():
             jobs = [self._executor.submit(Remote(order)) for order in orders]
-        return [_Job(job) for job in jobs]
+        stores = [RunStore(order.run) for order in orders]
+        return [_Job(job, store) for job, store in zip(jobs, stores, strict=True)]
 
     def close(self) -> None:
         """The jobs are the cluster's."""
 
 
 class _Job:
-    def __init__(self, job: Any) -> None:
-        self.job, self._stopped = job, False
+    def __init__(self, job: Any, store: RunStore) -> None:
+        self.job, self._store, self._stopped = job, store, False
 
     def poll(self) -> Exit | None:
         if not self.job.done():
@@ -317,8 +330,12 @@ class _Job:
             return Exit(EXIT_FAILED, f"job {self.job.job_id} ({self.job.state}): {last}")
 
     def stop(self) -> None:
+        # Cancelling leaves a job half a minute, an episode at the papers' scale takes longer.
+        if self._stopped or self.job.state != "RUNNING":
+            self.job.cancel()
+        else:
+            self._store.ask_to_stop()
         self._stopped = True
-        self.job.cancel()
 
 
 # ---------------------------------------------------------------------------------------- by name

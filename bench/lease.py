@@ -71,7 +71,8 @@ class Lease:
         """
         found = newest(folder)
         generation, record = found or (0, {"released": True})
-        dead = locked and record.get("machine") == machine()
+        # An empty record is left by a process that died, or found no room, as it took the lease.
+        dead = locked and record.get("machine", machine()) == machine()
         if not (record.get("released") or dead):
             _watch(_path(folder, generation), expires, str(record.get("machine", "another one")))
         lease = cls(_path(folder, generation + 1), generation + 1)
@@ -80,6 +81,9 @@ class Lease:
                 file.write(lease._text())
         except FileExistsError:
             raise LeaseHeldError("another process has just taken it") from None
+        except OSError:
+            lease.path.unlink(missing_ok=True)
+            raise
         for number, path in _generations(folder):
             if number > lease.generation:  # taken and taken again since `newest` looked
                 lease.path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def hardware(device: str) -> dict[str, Any]:
 
         facts["accelerator"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def cores() -> int:
+    """Cores that this process may use, of those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def git_commit() -> str:
@@ -149,10 +157,10 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    known = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
+    if known is None:
         raise ValueError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:<index>")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if device != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices"
         )

@@ -10,17 +10,20 @@ import json
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.evaluate import Policy, episodes_needed, evaluate
-from bench.spec import RunSpec
+from bench.spec import Protocol, RunSpec
 from bench.store import RunStore
 from suites.base import Suite, stream
 
 POLICIES = ("expert", "random")
+EVALUATION = ("goals", "reward_version", "horizon", "eval_seed", "eval_episodes")
+"""What of a protocol an evaluation depends on; nothing of how long anything is trained."""
 
 
 def references(specs: Sequence[RunSpec]) -> list[RunSpec]:
@@ -29,15 +32,16 @@ def references(specs: Sequence[RunSpec]) -> list[RunSpec]:
     for spec in specs:
         frozen = spec.make_suite().frozen_goals
         for policy in POLICIES:
-            protocol = spec.protocol
-            world = {
-                "suite": spec.suite, "policy": policy, "seed": spec.seed if frozen else 0,
-                **{key: getattr(protocol, key) for key in
-                   ("goals", "reward_version", "horizon", "eval_seed", "eval_episodes")},
-            }  # fmt: skip
+            evaluation = {key: getattr(spec.protocol, key) for key in EVALUATION}
+            seed = spec.seed if frozen else 0
+            world = {"suite": spec.suite, "policy": policy, "seed": seed, **evaluation}
             id_ = f"{zlib.crc32(json.dumps(world, sort_keys=True).encode()):08x}"
+            horizon = spec.protocol.horizon
+            protocol = Protocol(
+                **evaluation, steps_per_task=horizon, eval_every=horizon, warmup_steps=0
+            )
             found[id_] = RunSpec(
-                id=id_, suite=spec.suite, algorithm=policy, label=policy, seed=world["seed"],
+                id=id_, suite=spec.suite, algorithm=policy, label=policy, seed=seed,
                 preset=spec.preset, protocol=protocol, config={},
             )  # fmt: skip
     return list(found.values())
@@ -46,17 +50,20 @@ def references(specs: Sequence[RunSpec]) -> list[RunSpec]:
 def measure(spec: RunSpec, store: RunStore) -> None:
     """Evaluate the reference policy ``spec.algorithm`` and keep its rows in ``store``."""
     suite = spec.make_suite()
-    envs = suite.make(seed=spec.seed, autoreset=False)
-    episodes = spec.protocol.eval_episodes
-    if spec.algorithm == "expert":
-        episodes = episodes_needed(suite, episodes)
-    outcome = evaluate(policy(spec.algorithm, suite, spec), envs, episodes, spec.protocol.eval_seed)
-    envs.close()
+    episodes = episodes_of(spec.algorithm, suite, spec.protocol.eval_episodes)
+    with closing(suite.make(seed=spec.seed, autoreset=False)) as envs:
+        acts = policy(spec.algorithm, suite, spec)
+        outcome = evaluate(acts, envs, episodes, spec.protocol.eval_seed)
     store.resume()
     store.append_metrics(outcome.rows(0, "reference", suite.spec.task_names))
     store.finish()
     store.write_status("done", step=0, steps=0, time=time.time(),
                        success=float(outcome.success.mean()))  # fmt: skip
+
+
+def episodes_of(name: str, suite: Suite, episodes: int) -> int:
+    """Of a policy, how many need be run: the random one is never twice the same."""
+    return episodes if name == "random" else episodes_needed(suite, episodes)
 
 
 def policy(name: str, suite: Suite, spec: RunSpec) -> Policy:
@@ -72,14 +79,16 @@ def policy(name: str, suite: Suite, spec: RunSpec) -> Policy:
     return random
 
 
-def ensure(specs: Sequence[RunSpec], out: Path, environment: dict[str, Any]) -> list[RunSpec]:
-    """Measure the references of ``specs`` that ``out`` lacks; returns those measured."""
-    measured = []
+def ensure(specs: Sequence[RunSpec], out: Path, environment: dict[str, Any]) -> list[str]:
+    """Measure the references of ``specs`` that ``out`` lacks; returns what went wrong."""
+    problems = []
     for spec in references(specs):
-        store = RunStore.create(out, spec, environment)
-        if store.done:
+        if RunStore(out / spec.directory).done:
             continue
-        with store.locked():
-            measure(spec, store)
-        measured.append(spec)
-    return measured
+        try:
+            store = RunStore.create(out, spec, environment)
+            with store.locked():
+                measure(spec, store)
+        except (RuntimeError, OSError) as error:  # of the store, or the simulator's
+            problems.append(f"{spec.suite} {spec.label}: {error}")
+    return problems

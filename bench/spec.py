@@ -104,24 +104,34 @@ class Protocol(BaseModel):
 
     @model_validator(mode="after")
     def _whole_episodes(self) -> Self:
-        unit = self.horizon * self.envs_per_task
-        for name in ("steps_per_task", "eval_every"):
+        episode = f"episodes of {self.episode_steps} steps (horizon x envs_per_task)"
+        row = f"rows of {self.envs_per_task} environments (envs_per_task)"
+        problems = []
+        for name, unit, what in (
+            ("steps_per_task", self.episode_steps, episode),
+            ("eval_every", self.episode_steps, episode),
+            ("replay_per_task", self.envs_per_task, row),
+        ):
             value = getattr(self, name)
             if value % unit:
                 low, high = value // unit * unit, (value // unit + 1) * unit
                 nearest = f"{low} or {high}" if low else f"{high}"
-                raise ValueError(
-                    f"{name}={value} is not a whole number of episodes of {unit} steps "
-                    f"(horizon x envs_per_task); nearest: {nearest}"
+                problems.append(
+                    f"{name}={value} is not a whole number of {what}; nearest: {nearest}"
                 )
-        if self.replay_per_task % self.envs_per_task:
-            raise ValueError("replay_per_task must be a multiple of envs_per_task")
         if self.warmup_steps >= self.steps_per_task:
-            raise ValueError(
+            problems.append(
                 f"warmup_steps={self.warmup_steps} leaves nothing of "
                 f"steps_per_task={self.steps_per_task} to train on"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def episode_steps(self) -> int:
+        """Steps per task in one episode of all its environments."""
+        return self.horizon * self.envs_per_task
 
     @property
     def plan(self) -> Plan:
@@ -142,7 +152,7 @@ class Preset(BaseModel):
     algorithm: dict[str, Any] = {}
     """Values for every algorithm that has such a field."""
     seeds: int | None = None
-    """Seeds its source asks for."""
+    """How many its source asks for."""
 
 
 def preset_names() -> list[str]:
@@ -228,6 +238,12 @@ class RunSpec(BaseModel):
     def agent_config(self) -> AgentConfig:
         """The algorithm's configuration object."""
         return self.agent.Config(**self.config)
+
+    def make_agent(self, device: str = "cpu") -> Agent:
+        """The untrained agent. Raises SpecError if its algorithm or the suite is not here."""
+        shape = self.make_suite().spec
+        plan = self.protocol.plan
+        return self.agent(shape, self.agent_config, plan, seed=self.seed, device=device)
 
     def make_suite(self) -> Suite:
         """The suite under this run's protocol. Raises SpecError if it is not here."""
@@ -522,10 +538,11 @@ def _matching_size(
 
 
 def explain(owner: str, problem: Any) -> str:
-    """One of pydantic's errors, naming the field and its value."""
+    """One of pydantic's errors, naming the field and its value; a check of several fields may have
+    found several things, a line each."""
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
-        return f"{owner}: {message}"
+        return "\n".join(f"{owner}: {line}" for line in message.splitlines())
     field = str(problem["loc"][0])
     return f"{owner}: {field}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 

@@ -68,14 +68,16 @@ class Meter:
         """The estimated cost of ``spec``, measured for about ``budget`` seconds."""
         torch.set_num_threads(threads)
         p, suite = spec.protocol, spec.make_suite()
-        agent = _agent(spec, self._device)
+        agent = spec.make_agent(self._device)
         parts = measure(spec, agent, self._environments(spec), budget)
         lockstep = parts.act + parts.step
         steps = p.steps_per_task / p.envs_per_task
         updates = (p.steps_per_task - p.warmup_steps) / p.envs_per_task * p.updates_per_step
         during = (p.steps_per_task - 1) // p.eval_every
         episodes = during + 1 if suite.frozen_goals else during * p.eval_episodes + p.final_episodes
-        seconds = steps * lockstep + updates * parts.update + episodes * p.horizon * lockstep
+        # Evaluation steps one environment of each task.
+        evaluating = episodes * p.horizon * lockstep / p.envs_per_task
+        seconds = steps * lockstep + updates * parts.update + evaluating
         rows = replay_capacity(spec) + replay_slack(spec)
         replay = ReplayBuffer.bytes_needed(suite.spec, agent.extras_spec, rows)
         counts = agent.parameter_counts()
@@ -84,8 +86,7 @@ class Meter:
         return Cost(seconds, replay + 3 * checkpoint)
 
     def _environments(self, spec: RunSpec) -> VectorEnv:
-        p = spec.protocol
-        key = (spec.suite, p.goals, p.reward_version, p.horizon, p.envs_per_task)
+        key = _world(spec)
         if self._envs is None or key != self._key:
             self._close()
             self._envs, self._key = _environments(spec), key
@@ -95,6 +96,12 @@ class Meter:
         if self._envs is not None:
             self._envs.close()
             self._envs = None
+
+
+def _world(spec: RunSpec) -> tuple[Any, ...]:
+    """Specifications of one world can be measured in the same environments."""
+    p = spec.protocol
+    return (spec.suite, p.goals, p.reward_version, p.horizon, p.envs_per_task)
 
 
 def _environments(spec: RunSpec) -> VectorEnv:
@@ -117,7 +124,9 @@ def measure(spec: RunSpec, agent: Agent, envs: VectorEnv, budget: float) -> Part
     extras = agent.act(obs, explore=True).extras
     act = median_seconds(lambda: agent.act(obs, explore=True), budget / 4, device)
     actions = random_actions(agent.suite, p.envs_per_task)
-    step = median_seconds(lambda: envs.step(next(actions)), budget / 4, at_most=p.horizon - 2)
+    step = median_seconds(
+        lambda: envs.step(next(actions)), budget / 4, at_most=max(1, p.horizon - 2)
+    )
     batch = example_batch(agent, p.batch_per_task, extras)
     update = median_seconds(lambda: agent.update(batch), budget / 2, device)
     return Parts(act, step + reset, update)
@@ -227,18 +236,28 @@ def _setting(
     threads: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    agents = [_agent(spec, device) for spec in specs]
+    agents = [spec.make_agent(device) for spec in specs]
     rounds, peaks = [], []
-    with contextlib.closing(_environments(specs[0])) as envs:  # alike for all algorithms
+    with contextlib.ExitStack() as stack:
+        worlds: dict[tuple[Any, ...], VectorEnv] = {}
+        for spec in specs:
+            if _world(spec) not in worlds:
+                envs = stack.enter_context(contextlib.closing(_environments(spec)))
+                worlds[_world(spec)] = envs
         for _ in range(ROUNDS):
             peaks.append(peak_gflops(device, seconds / ROUNDS / 4))
-            pairs = zip(specs, agents, strict=True)
-            rounds.append([measure(spec, agent, envs, seconds / ROUNDS) for spec, agent in pairs])
+            rounds.append(
+                [
+                    measure(spec, agent, worlds[_world(spec)], seconds / ROUNDS)
+                    for spec, agent in zip(specs, agents, strict=True)
+                ]
+            )
     rows: list[dict[str, Any]] = []
     for place, (label, spec, agent) in enumerate(zip(labels, specs, agents, strict=True)):
         parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
         at_once = agent.suite.num_tasks * spec.protocol.envs_per_task
-        batch = example_batch(agent, spec.protocol.batch_per_task, _extras(agent))
+        p = spec.protocol
+        batch = example_batch(agent, p.batch_per_task, _extras(agent, p.envs_per_task))
         gflop, learning = work(agent, batch), spec.protocol.updates_per_step * parts.update
         rows.append(
             {
@@ -295,9 +314,11 @@ def _training(
     steps: int,
     workers: int,
 ) -> dict[str, Any]:
+    length_fields = ("steps_per_task", "eval_every", "final_episodes")
+    overrides = {k: v for k, v in overrides.items() if k.rpartition(".")[2] not in length_fields}
     p = resolve(overrides=overrides).protocol
-    episode = p.horizon * p.envs_per_task
-    warmup, length = (max(1, -(-count // episode)) * episode for count in (p.warmup_steps, steps))
+    unit = p.episode_steps
+    warmup, length = (max(1, -(-count // unit)) * unit for count in (p.warmup_steps, steps))
     once = {"steps_per_task": warmup + length, "eval_every": warmup + length, "final_episodes": 1}
     spec = resolve(overrides=overrides | once)
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
@@ -322,18 +343,19 @@ def _training(
     }
 
 
-def simulator_rows(suite: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Environment steps/s of our vector environment and of public ones of the same tasks.
+def simulator_rows(spec: RunSpec, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Environment steps/s of our vector environment and of public ones of the same tasks, in the
+    suite of ``spec``.
 
     Each steps an episode's length with random actions, resets included, in turns, ``rounds`` times;
     ``ratio``: to the slowest.
     """
-    world = RunSpec.resolve("mt_sac", suite, 0).make_suite()
-    horizon = world.spec.horizon
+    world, suite = spec.make_suite(), spec.suite
+    horizon, tasks = world.spec.horizon, world.spec.num_tasks
     with contextlib.ExitStack() as stack:
         steps: dict[str, Callable[[], Any]] = {}
-        cores = os.cpu_count() or 1
-        for workers in sorted({0, *(2**n for n in range(cores.bit_length())), cores}):
+        most = min(machine.cores(), tasks)
+        for workers in sorted({0, *(2**n for n in range(most.bit_length())), most}):
             envs = stack.enter_context(contextlib.closing(world.make(seed=0, workers=workers)))
             envs.reset()
             actions = random_actions(world.spec, 1)
@@ -351,7 +373,7 @@ def simulator_rows(suite: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         {
             "suite": suite,
             "simulator": name,
-            "steps_per_second": world.spec.num_tasks * horizon / value,
+            "steps_per_second": tasks * horizon / value,
             "ratio": slowest / value,
         }
         for name, value in medians.items()
@@ -424,12 +446,7 @@ def silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _extras(agent: Agent) -> dict[str, np.ndarray]:
-    """What the agent stores with a transition, of one environment per task."""
-    obs = np.zeros((agent.suite.num_tasks, 1, agent.suite.obs_dim), np.float32)
+def _extras(agent: Agent, envs: int) -> dict[str, np.ndarray]:
+    """What the agent stores with the transitions of so many environments per task."""
+    obs = np.zeros((agent.suite.num_tasks, envs, agent.suite.obs_dim), np.float32)
     return agent.act(obs, explore=True).extras
-
-
-def _agent(spec: RunSpec, device: str) -> Agent:
-    suite = spec.make_suite().spec
-    return spec.agent(suite, spec.agent_config, spec.protocol.plan, seed=spec.seed, device=device)

@@ -20,7 +20,7 @@ import re
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -63,6 +63,10 @@ class Row(NamedTuple):
     metric: str
     value: float
     count: float  # type: ignore[assignment]  # tuple.count is of no use here
+
+
+RESUMED = ("git_commit", "versions", "hardware")
+"""Of a run's environment, what may be another when it is resumed."""
 
 
 class StoreError(RuntimeError):
@@ -117,18 +121,21 @@ class RunStore:
         write_atomically(store.path / "spec.json", _json(content))
         return store
 
-    def record_environment(
-        self, environment: Callable[[], dict[str, Any]], hardware: dict[str, Any]
-    ) -> None:
-        """Note where the run is trained, unless that is known: it was prepared on the machine that
-        trains it. One that began elsewhere notes the other machine's ``hardware`` beside."""
+    def record_environment(self, environment: dict[str, Any]) -> None:
+        """Note by what the run is trained: commit, versions, hardware, numerics.
+
+        They need not be those under which it was prepared, perhaps days ago or elsewhere. A run
+        that has a checkpoint began under what is known; ``resumed`` lists, oldest first, the
+        commits, versions and hardware that it went on under, where they are others."""
         content = self.description()
-        known = content.setdefault("environment", {})
-        if "numerics" not in known:
-            content["environment"] = environment() | known
-        elif hardware not in [known.get("hardware"), *known.get("resumed_on", [])]:
-            known["resumed_on"] = [*known.get("resumed_on", []), hardware]
-        else:
+        known = content.get("environment", {})
+        facts = {key: environment.get(key) for key in RESUMED}
+        if not self.checkpoint_files():
+            asked = {key: known[key] for key in ("command",) if key in known}
+            content["environment"] = environment | asked
+        elif facts != {key: [known, *known.get("resumed", [])][-1].get(key) for key in RESUMED}:
+            known["resumed"] = [*known.get("resumed", []), facts]
+        if content == self.description():
             return
         self._still_mine()
         write_atomically(self.path / "spec.json", _json(content))
@@ -220,9 +227,23 @@ class RunStore:
         found = [self.path / name for name in ("spec.json", "metrics.csv", "timing.csv")]
         return [path for path in found if path.is_file()] + sorted(self.probe_path.glob("*.npz"))
 
+    @property
+    def state_bytes(self) -> int:
+        """Disk space that the run's replay and checkpoints take."""
+        files = [self.replay_path, *self.checkpoint_files()]
+        return sum(512 * path.stat().st_blocks for path in files if path.is_file())
+
     def drop_replay(self) -> None:
         """Give back the replay's disk space; a finished run is never resumed."""
         self.replay_path.unlink(missing_ok=True)
+
+    @property
+    def recorded(self) -> int:
+        """Steps per task up to which all that was measured is there for good."""
+        if self.done:
+            return self.spec().protocol.steps_per_task
+        newest = self.checkpoint_files()[:1]
+        return int(newest[0].name.split("-")[1]) if newest else 0
 
     def log_length(self) -> int:
         """Bytes that the run's processes have logged. Raises OSError if they could not."""

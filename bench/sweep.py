@@ -10,8 +10,9 @@ import signal
 import subprocess
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,14 +54,25 @@ class Request:
     place: str = ""
     """Where it was asked for, for messages."""
 
-    def expand(self) -> tuple[list[RunSpec], list[Mistake]]:
-        """The runs, seed by seed so that all algorithms advance together, and what is wrong."""
+    shared: Collection[str] = ()
+    """Keys of ``overrides`` that stand over several requests; each must concern one of them."""
+
+    @property
+    def owners(self) -> set[str]:
+        """The algorithms, without variants."""
+        return {name.partition("@")[0] for name in self.algorithms}
+
+    def expand(self, sweep: Collection[str] = ()) -> tuple[list[RunSpec], list[Mistake]]:
+        """The runs, seed by seed so that all algorithms advance together, and what is wrong.
+
+        ``sweep``: the algorithms of all requests together.
+        """
         specs: list[RunSpec] = []
         mistakes = []
-        owners = {name.partition("@")[0] for name in self.algorithms}
+        owners = self.owners
         for key in self.overrides:
             owner, dot, _ = key.rpartition(".")
-            if dot and owner not in owners:
+            if dot and owner not in (owners | set(sweep) if key in self.shared else owners):
                 known = ", ".join(self.algorithms)
                 problem = f"{'set' if self.place else '--set'} {key}: "
                 if owner in Protocol.model_fields:
@@ -126,9 +138,10 @@ def expand(requests: Iterable[Request], mistakes: Iterable[Mistake] = ()) -> lis
     """All runs of the requests, each once. Raises SpecError with everything that is wrong, what was
     found before (``mistakes``) included."""
     specs: dict[str, RunSpec] = {}
-    mistakes = list(mistakes)
+    mistakes, requests = list(mistakes), list(requests)
+    sweep = {owner for request in requests for owner in request.owners}
     for request in requests:
-        found, wrong = request.expand()
+        found, wrong = request.expand(sweep)
         mistakes += wrong
         for spec in found:
             specs.setdefault(spec.id, spec)
@@ -228,6 +241,7 @@ def _read_request(
         preset=read("preset", _preset, "cpu"),
         overrides=overrides[0] | overrides[-1] if overrides else {},
         place=place,
+        shared=overrides[0].keys() - overrides[-1].keys() if overrides else (),
     )
     return (request if request.algorithms else None), mistakes
 
@@ -307,6 +321,11 @@ class Job:
     """Where in the log this attempt began."""
     attempts: int = 0
     """How often it was started."""
+
+    @cached_property
+    def group(self) -> str:
+        """Runs of one group cost the same: all but the seed is equal."""
+        return self.spec.with_seed(0).id
 
 
 class Sweep:
@@ -530,17 +549,25 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
 def prepare(specs: Sequence[RunSpec], out: Path, environment: Mapping[str, Any]) -> list[Job]:
     """`plan`, and a directory for each run; ``environment`` as far as it is known already.
 
-    Raises StoreError or OSError if a directory cannot be used.
+    A run whose directory holds something else, or is damaged, has failed. Raises OSError if nothing
+    can be written.
     """
-    for spec in specs:
-        RunStore.create(out, spec, dict(environment))
-    return plan(specs, out)
+    jobs = plan(specs, out)
+    for job in jobs:
+        try:
+            RunStore.create(out, job.spec, dict(environment))
+        except StoreError as error:
+            job.outcome, job.error = "failed", str(error)
+    return jobs
 
 
 def check_room(out: Path, costs: Mapping[str, Cost], jobs: Sequence[Job], workers: int) -> str:
     """Why the disk cannot hold the sweep, or ``""``."""
     open_jobs = [job for job in jobs if job.outcome == "pending"]
-    largest = sorted((costs[group(j.spec)].working_bytes for j in open_jobs), reverse=True)
+    largest = sorted(
+        (max(0, costs[job.group].working_bytes - job.store.state_bytes) for job in open_jobs),
+        reverse=True,
+    )
     at_once = largest[:workers]
     needed, free = sum(at_once), shutil.disk_usage(out).free
     if needed <= free:
@@ -549,11 +576,6 @@ def check_room(out: Path, costs: Mapping[str, Cost], jobs: Sequence[Job], worker
         f"{out} has {size(free)} free, {len(at_once)} runs at a time need {size(needed)}; "
         "use fewer --workers, a smaller replay_per_task, or another --out"
     )
-
-
-def group(spec: RunSpec) -> str:
-    """Runs of one group cost the same: all but the seed is equal."""
-    return f"{spec.suite} {spec.title} {spec.preset}"
 
 
 def writable(out: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,13 +50,16 @@ def remove(removals: Iterable[Removal]) -> int:
 
 
 def used(out: Path) -> int:
-    """Bytes of all files below ``out``."""
-    total = 0
-    for path in out.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # a run has just replaced it
+    """Bytes of all files below ``out``, through links as runs are found."""
+    total, seen = 0, set()
+    for folder, folders, names in os.walk(out, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
             continue
+        seen.add(real)
+        for name in names:
+            with suppress(FileNotFoundError):  # a run has just replaced it
+                total += (Path(folder) / name).stat().st_size
     return total
 
 

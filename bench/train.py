@@ -63,7 +63,7 @@ def checkpoint_steps(spec: RunSpec) -> int:
     """Steps per task from one checkpoint to the next at most: whole episodes, about a fifth of the
     run or CHECKPOINT_STEPS, whichever is less. It bounds the replay's slack."""
     p = spec.protocol
-    unit = p.horizon * p.envs_per_task
+    unit = p.episode_steps
     return max(1, -(-min(CHECKPOINT_STEPS, p.steps_per_task // 5) // unit)) * unit
 
 
@@ -104,9 +104,7 @@ def train(
     with store.locked(expires=lease_seconds, wait=wait_seconds):
         if store.done:
             return
-        store.record_environment(
-            lambda: machine.environment(device, torch.get_num_threads()), machine.hardware(device)
-        )
+        store.record_environment(machine.environment(device, torch.get_num_threads()))
         before = store.status()
         known: dict[str, Any] = {"step": 0, "steps": spec.protocol.steps_per_task}
         known |= {key: before[key] for key in ("step", "other_numerics") if key in before}
@@ -161,7 +159,7 @@ def run_loop(
     """What `train` does to a run that it holds."""
     p, suite = spec.protocol, spec.make_suite()
     names, clock = suite.spec.task_names, Clock()
-    agent = spec.agent(suite.spec, spec.agent_config, p.plan, seed=spec.seed, device=device)
+    agent = spec.make_agent(device)
     meters = Meters(names)
 
     checkpoint = store.resume()
@@ -249,9 +247,9 @@ def run_loop(
             continue
 
         meters.check(step)
-        if due(step, p.horizon * p.envs_per_task, p.steps_per_task, LOGGED_POINTS):
+        if due(step, p.episode_steps, p.steps_per_task, LOGGED_POINTS):
             store.append_metrics(meters.rows(step))
-        if due(step, p.horizon * p.envs_per_task, p.steps_per_task, PROBED_POINTS):
+        if due(step, p.episode_steps, p.steps_per_task, PROBED_POINTS):
             store.write_probe(f"{step:010d}", agent.probe())
         if step % p.eval_every == 0 and step < p.steps_per_task:
             measure(p.eval_episodes, "eval")

@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 def steps_to_verify(spec: RunSpec) -> int:
     """The fewest steps per task after which two points with updates have been logged."""
     p = spec.protocol
-    unit = p.horizon * p.envs_per_task
+    unit = p.episode_steps
     points = [
         step
         for step in range(unit, p.steps_per_task + 1, unit)
@@ -47,14 +47,15 @@ def steps_to_verify(spec: RunSpec) -> int:
 def verify(store: RunStore, steps: int, device: str) -> Verdict:
     """Train the run of ``store`` up to the end of the episode at ``steps`` in a folder of its own.
 
-    Under the recorded number of threads. Raises StoreError if the record is damaged or shorter.
+    Under the recorded number of threads, and no further than the record is safe: of a run that is
+    not done, to its last checkpoint. Raises StoreError if it is damaged or has nothing to compare.
     """
     spec = store.spec()
     recorded = store.description().get("environment", {}).get("numerics", {})
     threads = int(recorded.get("threads", 1))
     changed = machine.changed_numerics(recorded, device, threads)
-    unit = spec.protocol.horizon * spec.protocol.envs_per_task
-    steps = min(-(-steps // unit) * unit, spec.protocol.steps_per_task)
+    unit = spec.protocol.episode_steps
+    steps = min(-(-steps // unit) * unit, store.recorded)
     old = _rows_until(store, steps)
     if len(old) < 2:
         raise StoreError(f"{store.path} has recorded nothing up to step {steps:,}")

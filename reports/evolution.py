@@ -31,7 +31,7 @@ from reports.drawing import (
     wide,
 )
 from reports.frames import MissingError, ProbedRun, Section, counted, labels_of
-from reports.genotypes import OFFSET, Embedding, collect, embed
+from reports.genotypes import Coding, Embedding, collect, embed
 
 
 def _events(run: ProbedRun) -> Iterator[tuple[int, int, int, int, str]]:
@@ -336,12 +336,24 @@ def weight_intervals(section: Section) -> Drawing:
 MAX_EMBEDDED_RUNS = 5
 
 
-def _embedding(run: ProbedRun) -> Embedding:
+def _coding(section: Section, run: ProbedRun) -> Coding:
+    """How a run reads its genotypes, by its configuration."""
+    precision = [int(a["precision"]) for _, a in run.snapshots if "precision" in a][-1]
+    config = section.runs.set_index("run").loc[run.run]
+    coding = Coding(precision)
+    if pd.notna(function := config.get("config.weights")):
+        coding = coding._replace(function=str(function))
+    if pd.notna(offset := config.get("config.offset")):
+        coding = coding._replace(offset=float(offset))
+    return coding
+
+
+def _embedding(run: ProbedRun, coding: Coding) -> Embedding:
     """Genotypes from the last fifth of a run's recorded training."""
     kept = [(s, a) for s, a in run.snapshots if {"genotypes", "lengths", "precision"} <= set(a)]
     since = 0.8 * kept[-1][0]
     last = [(a["genotypes"], a["lengths"]) for step, a in kept if step >= since]
-    return embed(collect(last, int(kept[-1][1]["precision"])), int(kept[-1][1]["precision"]))
+    return embed(collect(last, coding.precision), coding)
 
 
 @figure("genotypes")
@@ -355,7 +367,7 @@ def genotype_map(section: Section) -> Drawing:
     embedded, refused = [], []
     for run in first[:MAX_EMBEDDED_RUNS]:
         try:
-            embedded.append((run, _embedding(run)))
+            embedded.append((run, _embedding(run, _coding(section, run))))
         except ValueError as reason:
             refused.append(f"seed {run.seed}: {reason}")
     if not embedded:
@@ -386,9 +398,9 @@ def genotype_map(section: Section) -> Drawing:
         figure=made,
         caption=section.caption(
             "t-SNE of the distinct genotypes of the last fifth of training, as weight matrices "
-            f"(HalfSoftmax, offset {OFFSET}) on a common grid with the head in a row of its own; "
-            "positions have no unit. Silhouettes of the weight matrices, 1 = clear clusters, 0 = "
-            f"none: {clarity}. {shown} shown.",
+            f"({_coding(section, embedded[0][0])}) on a common grid with the head in a row of its "
+            "own; positions have no unit. Silhouettes of the weight matrices, 1 = clear clusters, "
+            f"0 = none: {clarity}. {shown} shown.",
             [first[0].label],
         ),
         data=pd.concat(

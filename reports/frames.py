@@ -637,8 +637,19 @@ def _evaluated(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[set[str],
     return whole, taskless
 
 
-def _references(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
-    rows = metrics[metrics["metric"] == "success"]
+WORLD = tuple(f"protocol.{name}" for name in ("goals", "reward_version", "horizon", "eval_seed"))
+"""What makes two evaluations of a suite comparable."""
+
+
+def _references(results: Results, runs: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
+    """Success rates (policy, task) of the reference policies in the worlds of ``runs``."""
+    known = [column for column in WORLD if column in runs]
+    wanted = runs[["suite", *known]].drop_duplicates()
+    of_policies = results.runs[results.runs["algorithm"].isin(REFERENCES)]
+    mine = of_policies.merge(wanted, on=["suite", *known])["run"]
+    metrics = results.metrics
+    rows = metrics[(metrics["kind"] == "reference") & metrics["run"].isin(mine)]
+    rows = rows[rows["metric"] == "success"]
     sums = rows.groupby(["algorithm", "task"])[["value", "count"]].sum()
     rates = (sums["value"] / sums["count"]).unstack()
     present = [name for name in REFERENCES if name in rates.index]
@@ -649,7 +660,6 @@ def sections(results: Results) -> list[Section]:
     """The report's sections: one per suite and scale, ordered by suite, largest scale first."""
     runs = results.runs[~results.runs["algorithm"].isin(REFERENCES)]
     measured = results.metrics[results.metrics["kind"].isin(["eval", "final"])]
-    references = results.metrics[results.metrics["kind"] == "reference"]
     out = []
     for key, group in runs.groupby(["suite", "preset", "steps_per_task"]):
         suite, preset, steps = cast(tuple[str, str, int], key)
@@ -669,7 +679,7 @@ def sections(results: Results) -> list[Section]:
                 steps_per_task=steps,
                 runs=group.sort_values(["algorithm", "seed", "run"]),
                 metrics=metrics.join(facts, on="run"),
-                references=_references(references[references["suite"] == suite], tasks),
+                references=_references(results, group, tasks),
                 timing=results.timing[results.timing["run"].isin(group["run"])].join(
                     facts, on="run"
                 ),

@@ -8,18 +8,41 @@ Fig. 11). Written anew here because the reports know nothing of the algorithms.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reports.embedding import RANDOM_STATE, plane, silhouette
 
-OFFSET = 0.99
-"""HalfSoftmax's offset (MEGA Eq. 8)."""
 MIN_POINTS = 10
 
 Bits = NDArray[np.int8]
 Floats = NDArray[np.float64]
+
+
+class Coding(NamedTuple):
+    """How a run reads its genotypes."""
+
+    precision: int
+    """Bits per weight."""
+    function: str = "half_softmax"
+    """From decimals to weights: half_softmax or softmax."""
+    offset: float = 0.99
+    """HalfSoftmax's (MEGA Eq. 7)."""
+
+    def __str__(self) -> str:
+        return "Softmax" if self.function == "softmax" else f"HalfSoftmax, offset {self.offset:g}"
+
+    def weights(self, decimals: Floats) -> Floats:
+        """w_j = (e^{d_j} - offset) / sum_n (e^{d_n} - offset) on one segment (MEGA Eq. 7-9);
+        without the offset where the function is Softmax."""
+        offset = 0.0 if self.function == "softmax" else self.offset
+        top = decimals.max()
+        shifted = np.exp(decimals - top) - offset * np.exp(-top)
+        if not shifted.any():  # all decimals 0 at an offset of 1: the limit
+            shifted = np.ones_like(shifted)
+        return np.asarray(shifted / shifted.sum(), dtype=np.float64)
 
 
 def stage_of(length: int, precision: int) -> int:
@@ -37,13 +60,6 @@ def stage_of(length: int, precision: int) -> int:
     return stage
 
 
-def half_softmax(decimals: Floats) -> Floats:
-    """w_j = (e^{d_j} - 0.99) / sum_n (e^{d_n} - 0.99) on one segment (MEGA Eq. 9)."""
-    top = decimals.max()
-    shifted = np.exp(decimals - top) - OFFSET * np.exp(-top)
-    return np.asarray(shifted / shifted.sum(), dtype=np.float64)
-
-
 def segments(bits: Bits, precision: int) -> list[Floats]:
     """The N + 1 segments' decimals of one genotype ``(L,)``, head last."""
     stage = stage_of(len(bits), precision)
@@ -52,16 +68,16 @@ def segments(bits: Bits, precision: int) -> list[Floats]:
     return list(np.split(decimals, np.cumsum(np.arange(1, stage + 1))))
 
 
-def weight_matrix(bits: Bits, precision: int, max_stage: int) -> Floats:
+def weight_matrix(bits: Bits, coding: Coding, max_stage: int) -> Floats:
     """``(max_stage + 1, max_stage + 1)``: row k - 1 feeds module k, the last row the head.
 
     Rows of modules beyond the genotype's stage are zero, so that genotypes of different length
     share a grid and their heads a row.
     """
     grid = np.zeros((max_stage + 1, max_stage + 1))
-    *modules, head = segments(bits, precision)
+    *modules, head = segments(bits, coding.precision)
     for row, decimals in [*enumerate(modules), (max_stage, head)]:
-        grid[row, : len(decimals)] = half_softmax(decimals)
+        grid[row, : len(decimals)] = coding.weights(decimals)
     return grid
 
 
@@ -99,7 +115,7 @@ def collect(
     return list(seen.values())
 
 
-def embed(sample: list[tuple[int, Bits]], precision: int, max_points: int = 300) -> Embedding:
+def embed(sample: list[tuple[int, Bits]], coding: Coding, max_points: int = 300) -> Embedding:
     """t-SNE of the weight matrices, fixed seed, perplexity fitted to the sample.
 
     Raises:
@@ -111,8 +127,8 @@ def embed(sample: list[tuple[int, Bits]], precision: int, max_points: int = 300)
         rng = np.random.default_rng(RANDOM_STATE)
         sample = [sample[i] for i in np.sort(rng.permutation(len(sample))[:max_points])]
     task = np.array([t for t, _ in sample], dtype=np.int64)
-    stage = np.array([stage_of(len(b), precision) for _, b in sample], dtype=np.int64)
-    grids = np.stack([weight_matrix(b, precision, int(stage.max())) for _, b in sample])
+    stage = np.array([stage_of(len(b), coding.precision) for _, b in sample], dtype=np.int64)
+    grids = np.stack([weight_matrix(b, coding, int(stage.max())) for _, b in sample])
     flat = grids.reshape(len(sample), -1)
     points, perplexity = plane(flat)
     return Embedding(

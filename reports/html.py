@@ -114,7 +114,7 @@ def mixed(section: Section) -> list[str]:
         if str(column).startswith(("versions.", "hardware.", "numerics.", "git_commit")):
             values = sorted(set(section.runs[column].map(text)) - {""})
             if column == "git_commit":
-                values = [value[:10] + "+changes" * value.endswith("+changes") for value in values]
+                values = [re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", v) for v in values]
             if len(values) > 1:
                 out.append(f"Runs differ in {column}: {', '.join(values)}.")
     out += [

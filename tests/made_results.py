@@ -179,6 +179,7 @@ def make_results(
                 weights = rng.random((len(tasks), 8, 3, 4, 4))
                 traces[run] = {"soft_routes": weights / weights.sum(-1, keepdims=True)}
     for name, rate in (("expert", 1.0), ("random", 0.02)):
+        runs.append(runs[0] | {"run": f"{suite}/{name}", "algorithm": name, "seed": 0})
         metrics += [
             {"run": f"{suite}/{name}", "suite": suite, "algorithm": name, "seed": 0, "step": 0}
             | {"kind": "reference", "task": task, "metric": "success"}

@@ -18,7 +18,7 @@ import algorithms
 import suites
 from algorithms.agent import Agent, Batch
 from bench.evaluate import evaluate
-from bench.spec import RunSpec
+from bench.spec import RunSpec, SpecError
 from bench.store import RunStore
 from bench.train import Interrupted, train
 
@@ -38,6 +38,30 @@ def fields(algorithm: str, values: dict[str, Any]) -> dict[str, Any]:
     """Those of ``values`` that the protocol or the algorithm has."""
     config = algorithms.load(algorithm).Config.model_fields
     return {k: v for k, v in values.items() if k in config or k == "batch_per_task"}
+
+
+WITHOUT_EFFECT = [
+    ("d2r@no_resrouting", {"resroute_threshold": "at_least"}),
+    ("d2r@no_balance", {"tau_scale_by_T": False}),
+    ("d2r@no_samplek", {"route_balance": False}),
+    ("d2r@soft", {"target_routing": True}),
+    ("d2r@soft", {"critic_route": "stored"}),
+    ("moore@not_orthogonal", {"eps": 1e-6}),
+    ("paco", {"extreme_loss": None, "reset_extreme": False}),
+    ("mt_sac", {"reward_balance": None, "reward_balance_every": 50}),
+    ("sac", {"loss_weight": "alpha"}),
+    ("sac", {"extreme_loss": 10.0}),
+    ("mega@softmax", {"offset": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("label", "values"), WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_refused(
+    label: str, values: dict[str, Any], toy_spec: ToySpec
+) -> None:
+    with pytest.raises(SpecError, match="has no effect: "):
+        toy_spec(label, **values)
+    toy_spec(label)
 
 
 def make_agent(spec: RunSpec, seed: int = 0) -> Agent:

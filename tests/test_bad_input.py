@@ -210,9 +210,10 @@ def test_one_mistake_is_told_once() -> None:
         expand([Request(request.algorithms, ["toy"], [0], "smoke",
                         {"steps_per_task": 301, "gamma": 7})])  # fmt: skip
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2, lines
-    assert lines[0].startswith("protocol: steps_per_task=301")
-    assert lines[1].startswith("mega, d2r, mt_sac: gamma=7:")
+    assert len(lines) == 3, lines
+    assert lines[0].startswith("protocol: steps_per_task=301 is not a whole number of episodes")
+    assert lines[1].startswith("protocol: warmup_steps=400 leaves nothing of steps_per_task=301")
+    assert lines[2].startswith("mega, d2r, mt_sac: gamma=7:")
 
 
 def test_a_grids_own_mistakes_and_its_values_mistakes_come_together(tmp_path: Path) -> None:

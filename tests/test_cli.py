@@ -222,6 +222,58 @@ def test_references_stand_beside_the_runs(finished: Path) -> None:
     assert rows["expert"]["success"] == 1.0
 
 
+def test_references_serve_runs_of_every_length(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    expert = next(out.rglob("expert/*/metrics.csv")).read_bytes()
+    for more in (["--steps", "200"], ["--steps", "300", "--set", "batch_per_task=8"]):
+        done = bench("run", "--algos", "mt_sac", *TOY, *more, "--seeds", "1", "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert "reference" not in done.stderr
+    (kept,) = out.rglob("expert/*/metrics.csv")
+    assert kept.read_bytes() == expert
+
+
+def test_the_shortest_episodes_can_be_planned(tmp_path: Path) -> None:
+    for horizon in ("1", "2"):
+        done = bench(
+            "run", "--algos", "mt_sac", "--suite", "toy", "--preset", "smoke", "--seeds", "1",
+            "--set", f"horizon={horizon}", "--dry-run", "--out", str(tmp_path),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Estimated" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:", "cpu:0", "cuda:x", "cuda:9"])
+def test_a_device_that_is_not_here_is_a_usage_error(device: str, finished: Path) -> None:
+    for command in (
+        ["run", "--algos", "mt_sac", "--suite", "toy", "--out", str(finished)],
+        ["eval", "toy/mt_sac/0", "--out", str(finished)],
+        ["verify", "toy/mt_sac/0", "--out", str(finished)],
+    ):
+        done = bench(*command, "--device", device)
+        assert done.returncode == 2, done.stderr
+        assert repr(device) in done.stderr
+
+
+def test_the_presets_source_says_how_many_seeds(tmp_path: Path) -> None:
+    asked = ["run", "--algos", "mt_sac", "--dry-run", "--out", str(tmp_path)]
+    plus = bench(*asked, "--suite", "mt1_rand:reach-v3", "--preset", "metaworld_plus")
+    assert "10 runs" in plus.stdout, plus.stderr
+    assert "5 runs" in bench(*asked, "--suite", "toy", "--preset", "smoke").stdout
+
+
+def test_speed_measures_each_algorithm_in_its_own_world() -> None:
+    done = bench(
+        "speed", "--algos", "mt_sac,mega", "--suite", "toy", "--preset", "smoke", "--seconds", "0",
+        "--set", "mega.envs_per_task=5", "--set", "mt_sac.horizon=2", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout, parse_constant=pytest.fail)["rows"]
+    assert [row["algorithm"] for row in rows] == ["mt_sac", "mega"]
+    assert all(row["step_ms"] > 0 for row in rows)
+
+
 def test_the_status_ends_with_the_final_success(finished: Path) -> None:
     for run in (path.parent for path in finished.rglob("m*/*/spec.json")):
         rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]

@@ -23,6 +23,7 @@ from bench import frames
 from bench.doctor import run_checks
 from bench.spec import RunSpec
 from bench.store import RunStore, StoreError
+from bench.sweep import prepare
 
 Finished = Callable[[str], RunStore]
 
@@ -148,6 +149,29 @@ def test_a_damaged_run_costs_itself_alone(name: str, copy: RunStore, tmp_path: P
         done = bench(command, str(copy.path), *(["--steps", "25"] if command == "verify" else []))
         assert done.returncode in (0, 1, 2)
         assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("content", ['{"schema": 1, "spec": {}}', '{"schema": 1, "spec": null}'])
+def test_a_specification_of_another_shape_costs_its_run_alone(content: str, copy: RunStore) -> None:
+    out = copy.path.parents[2]
+    shutil.copytree(copy.path, other := copy.path.parent / "9-0000000000")
+    (other / "spec.json").write_text(content)
+    shown = bench("status", "--out", str(out))
+    assert shown.returncode == 0, shown.stderr
+    assert "done" in shown.stdout
+    made = frames.load(out)
+    assert list(made["runs"]["run"]) == [str(copy.path.relative_to(out))]
+    assert "damaged" in made["unreadable"][str(other.relative_to(out))]
+
+
+def test_a_sweep_goes_on_beside_a_damaged_run(copy: RunStore, toy_spec: Any) -> None:
+    out, damaged = copy.path.parents[2], toy_spec("mtmh_sac")
+    folder = out / damaged.directory
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text('{"schema": 1, "sp')
+    jobs = prepare([copy.spec(), damaged, toy_spec("sac")], out, {})
+    assert [job.outcome for job in jobs] == ["skipped", "failed", "pending"]
+    assert f"{folder / 'spec.json'} is damaged" in jobs[1].error
 
 
 def test_a_sealed_run_that_lost_its_status_is_done(copy: RunStore) -> None:

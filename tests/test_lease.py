@@ -47,6 +47,13 @@ def test_a_dead_holder_of_this_machine_is_followed_at_once(tmp_path: Path) -> No
         Lease.take(tmp_path, expires=None, locked=False)
 
 
+def test_a_lease_that_was_hardly_taken_holds_nobody_up(tmp_path: Path) -> None:
+    (tmp_path / "lease-00000004").touch()  # killed, or the disk full, before it was written
+    started = time.monotonic()
+    assert Lease.take(tmp_path, expires=30.0, locked=True).generation == 5
+    assert time.monotonic() - started < 10
+
+
 def test_a_silent_holder_of_another_machine_expires_and_learns_of_it(
     tmp_path: Path, on: Callable[[str], None]
 ) -> None:

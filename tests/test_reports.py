@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import algorithms
+from algorithms import genetic
 from reports import Results, build, published, stats, summary
 from reports.comparing import comparisons
 from reports.drawing import bold_line, figure, looks, section_looks
 from reports.figures import ABLATION_FIGURES, FIGURES
 from reports.frames import MissingError, sections
-from reports.genotypes import collect, embed, segments, stage_of, weight_matrix
+from reports.genotypes import Coding, collect, embed, segments, stage_of, weight_matrix
 from reports.html import mixed
 from reports.tables import ABLATION_TABLES, OVERVIEWS, TABLES
 from reports.tabling import setting_warnings, table
@@ -179,13 +181,40 @@ def test_genotype_of_the_papers_worked_example() -> None:
 
 def test_heads_of_different_stages_share_a_row() -> None:
     # Stage 1 at one bit: segments (1) and (0, 1); HalfSoftmax of 0 is .01, of 1 is e - .99.
-    grid = weight_matrix(np.array([1, 0, 1], dtype=np.int8), 1, max_stage=3)
+    grid = weight_matrix(np.array([1, 0, 1], dtype=np.int8), Coding(1), max_stage=3)
     assert grid.shape == (4, 4)
     assert grid[0].tolist() == [1, 0, 0, 0]
     assert not grid[1:3].any()
     assert grid[3, :2] == pytest.approx([0.01 / (np.e - 0.98), (np.e - 0.99) / (np.e - 0.98)])
     # A segment of zeros weighs its sources alike.
-    assert weight_matrix(np.zeros(3, dtype=np.int8), 1, 1)[1].tolist() == [0.5, 0.5]
+    assert weight_matrix(np.zeros(3, dtype=np.int8), Coding(1), 1)[1].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("function", ["half_softmax", "softmax"])
+@pytest.mark.parametrize("offset", [0.5, 0.99, 1.0])
+def test_genotypes_are_drawn_by_the_weights_that_they_stand_for(
+    function: Literal["half_softmax", "softmax"], offset: float
+) -> None:
+    rng = np.random.default_rng(0)
+    for stage, precision in ((1, 1), (3, 2), (5, 4)):
+        length = (stage + 1) * (stage + 2) // 2 * precision
+        for bits in (np.zeros(length, np.int8), rng.integers(2, size=length, dtype=np.int8)):
+            drawn = weight_matrix(bits, Coding(precision, function, offset), max_stage=7)
+            trained = genetic.weight_matrix(bits, precision, function, offset, size=8)
+            np.testing.assert_allclose(drawn, trained, rtol=1e-12, atol=1e-15)
+
+
+def test_a_map_of_genotypes_reads_them_as_their_run_did() -> None:
+    made = make_results(["mega@softmax"], seeds=1)
+    made.runs["config.weights"], made.runs["config.offset"] = "softmax", 0.99
+    (section,) = sections(made)
+    softmax = FIGURES["genotypes"](section)
+    made.runs["config.weights"], made.runs["config.offset"] = "half_softmax", 0.5
+    (section,) = sections(made)
+    half = FIGURES["genotypes"](section)
+    assert "(Softmax) on a common grid" in softmax.caption
+    assert "(HalfSoftmax, offset 0.5) on a common grid" in half.caption
+    assert not np.allclose(softmax.data["x"], half.data["x"])
 
 
 def test_training_is_set_around_stage_increases() -> None:
@@ -215,13 +244,13 @@ def test_embedding_counts_a_survivor_once_and_measures_clusters() -> None:
     genotypes, lengths = _genotypes(rng, np.array([3, 3, 4]), 6, 2)
     sample = collect([(genotypes, lengths), (genotypes, lengths)], 2)
     assert len(sample) == len(collect([(genotypes, lengths)], 2)) <= 18
-    map_ = embed(sample, 2)
+    map_ = embed(sample, Coding(2))
     assert map_.points.shape == (len(sample), 2)
     assert map_.perplexity == pytest.approx((len(sample) - 1) / 3)
     assert map_.silhouette_task > 0.1
-    assert np.array_equal(map_.points, embed(sample, 2).points)
+    assert np.array_equal(map_.points, embed(sample, Coding(2)).points)
     with pytest.raises(ValueError, match="distinct genotypes"):
-        embed(sample[:4], 2)
+        embed(sample[:4], Coding(2))
 
 
 # Tables ------------------------------------------------------------------------------------------
@@ -277,6 +306,20 @@ def test_success_table_sets_ours_beside_the_published_values(results: Results) -
     assert "50 episodes" in made.caption
     assert "not the papers' scale" in made.caption
     assert made.data.loc[0, "seeds"] == 5
+
+
+def test_references_are_those_of_the_sections_own_world() -> None:
+    made = make_results(seeds=1)
+    other = made.runs["algorithm"].isin(["expert", "random"])
+    made.runs["protocol.horizon"] = 200
+    elsewhere = made.runs[other].assign(**{"protocol.horizon": 20})
+    elsewhere["run"] += "-short"
+    metrics = made.metrics[made.metrics["kind"] == "reference"].assign(value=0)
+    metrics["run"] += "-short"
+    made.runs = pd.concat([made.runs, elsewhere], ignore_index=True)
+    made.metrics = pd.concat([made.metrics, metrics], ignore_index=True)
+    (section,) = sections(made)
+    assert (section.references.loc["expert"] == 1.0).all()
 
 
 def test_task_table_ends_with_the_mean_and_holds_the_references(results: Results) -> None:
@@ -445,12 +488,15 @@ def test_a_warning_names_the_exceptions_alone() -> None:
 def test_code_and_machines_that_differ_are_warned_of() -> None:
     made = make_results(("mega", "d2r"), seeds=1)
     assert mixed(sections(made)[0]) == []
-    made.runs["git_commit"] = ["a" * 40, "b" * 40 + "+changes"]
-    made.runs["hardware.cpu"] = ["AMD EPYC", "AMD EPYC, then Intel"]
+    mine = made.runs["algorithm"].isin(["mega", "d2r"])
+    made.runs.loc[mine, "git_commit"] = ["a" * 40, f"{'b' * 40}+changes, then {'c' * 40}"]
+    made.runs.loc[mine, "hardware.cpu"] = ["AMD EPYC", "AMD EPYC, then Intel"]
     made.runs.loc[0, "other_numerics"] = "threads 4 -> 1"
     (section,) = sections(made)
     shown = sorted(mixed(section))
-    assert shown[0] == "Runs differ in git_commit: aaaaaaaaaa, bbbbbbbbbb+changes."
+    assert shown[0] == (
+        "Runs differ in git_commit: aaaaaaaaaa, bbbbbbbbbb+changes, then cccccccccc."
+    )
     assert shown[1] == "Runs differ in hardware.cpu: AMD EPYC, AMD EPYC, then Intel."
     assert shown[2] == "mt10_rand/mega/0-00 was resumed under other numerics: threads 4 -> 1."
     assert TABLES["equal_time"](section).warnings

@@ -11,7 +11,7 @@ from test_cli import bench
 
 from bench.spec import RunSpec
 from bench.store import RunStore, find
-from bench.train import train
+from bench.train import Interrupted, train
 from bench.verify import steps_to_verify
 
 Finished = Callable[[str], RunStore]
@@ -70,8 +70,25 @@ def test_a_record_is_verified_by_training_its_beginning_again(
     shutil.copytree(original.path, copy)
     metrics = (copy / "metrics.csv").read_text().splitlines()
     place = next(n for n, line in enumerate(metrics) if ",update," in line)
-    metrics[place] = metrics[place].replace(",update,", ",update,", 1) + "1"
+    metrics[place] += "1"
     (copy / "metrics.csv").write_text("\n".join(metrics) + "\n")
     done = bench("verify", str(copy), "--device", "cpu")
     assert done.returncode == 1
     assert f"metrics.csv line {place + 1}: recorded" in done.stdout
+
+
+def test_a_run_is_verified_as_far_as_it_is_recorded(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path, toy_spec())
+    done = bench("verify", str(store.path), "--device", "cpu")
+    assert done.returncode == 1
+    assert "has recorded nothing" in done.stderr
+    ends = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        train(store.spec(), store, checkpoint_seconds=0, stop=lambda: next(ends) == 5)
+    with (store.path / "metrics.csv").open("a") as metrics:
+        metrics.write("150,train,po")  # killed as it wrote
+    done = bench("verify", str(store.path), "--device", "cpu", "--steps", "200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "up to step 125" in done.stdout

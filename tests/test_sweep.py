@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.spec import RunSpec, SpecError
+from bench.speed import Cost
 from bench.store import RunStore
-from bench.sweep import Request, ablations, expand, names, plan, read_grid
+from bench.sweep import Job, Request, ablations, check_room, expand, names, plan, read_grid
 from bench.train import train
 
 
@@ -48,6 +52,43 @@ def test_all_problems_of_a_sweep_are_told_at_once() -> None:
 def test_a_setting_for_an_algorithm_outside_the_sweep_is_refused() -> None:
     with pytest.raises(SpecError, match=r"mega\.start_stage: no algorithm 'mega' in this sweep"):
         expand([request("mt_sac", **{"mega.start_stage": 4})])
+
+
+def test_a_setting_over_all_requests_is_for_those_it_concerns(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    runs = '[[runs]]\nalgos = ["mega"]\n[[runs]]\nalgos = ["mt_sac"]\n'
+    top = 'suite = "toy"\nseeds = 1\nset = { "mega.start_stage" = 4 }\n'
+    path.write_text(top + runs)
+    mega, mt_sac = expand(*read_grid(path))
+    assert (mega.config["start_stage"], mt_sac.changed) == (4, {})
+    path.write_text(top.replace("mega.", "d2r.") + runs)
+    with pytest.raises(SpecError, match="no algorithm 'd2r' in this sweep"):
+        expand(*read_grid(path))
+    path.write_text(top + runs + 'set = { "mega.window" = 4 }\n')  # of the table of mt_sac
+    with pytest.raises(SpecError, match=r"runs\[2\]: set mega\.window: no algorithm 'mega'"):
+        expand(*read_grid(path))
+
+
+def test_only_seeds_share_a_cost() -> None:
+    short, again = expand([request("mt_sac", seeds=(0, 1), steps_per_task=4_000)])
+    (long,) = expand([request("mt_sac", steps_per_task=2_000_000)])
+    groups = [Job(spec, RunStore(Path("out"))).group for spec in (short, again, long)]
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_what_a_run_already_holds_is_not_asked_of_the_disk_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = plan(expand([request("mt_sac")]), tmp_path)
+    costs = {job.group: Cost(seconds=1.0, working_bytes=10_000_000)}
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=4_000_000)
+    )
+    assert "4.0 MB free, 1 runs at a time need 10.0 MB" in check_room(tmp_path, costs, [job], 2)
+    job.store.state_path.mkdir(parents=True)
+    with job.store.replay_path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 8_000_000)
+    assert check_room(tmp_path, costs, [job], 2) == ""
 
 
 def test_planning_touches_no_disk(tmp_path: Path) -> None:

@@ -517,21 +517,45 @@ def test_a_failing_simulator_is_named_and_the_run_can_be_continued(
     assert measured(store) == measured(finished("mt_sac"))
 
 
-def test_other_numerics_are_refused_unless_allowed(toy_spec: ToySpec, tmp_path: Path) -> None:
-    store = RunStore.create(tmp_path, toy_spec(), machine.environment("cpu", 4))
+def test_other_numerics_are_refused_unless_allowed(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine.numerics
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "numerics", lambda device, _: here(device, 4))
+        with pytest.raises(Interrupted):
+            train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
+    recorded = (store.path / "metrics.csv").read_bytes()
     with pytest.raises(StoreError, match=r"other numerics \(threads 4 -> 1\).*--allow-other-num"):
         train(store.spec(), store)
     assert "threads 4 -> 1" in failed(store)
-    assert not (store.path / "metrics.csv").exists()
-    kept: list[Any] = []
-
-    def stop() -> bool:
-        kept.append(store.status())
-        return True
+    assert (store.path / "metrics.csv").read_bytes() == recorded
 
     with pytest.warns(RuntimeWarning, match="threads 4 -> 1"), pytest.raises(Interrupted):
-        train(store.spec(), store, allow_other_numerics=True, stop=stop)
+        train(store.spec(), store, allow_other_numerics=True, stop=lambda: True)
     assert store.status()["other_numerics"] == ["threads 4 -> 1"]
+
+
+def test_a_run_tells_what_trained_it_not_what_prepared_it(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep may be continued after an update, whose code trains what was only prepared before."""
+    prepared = store.description()["environment"]["command"]
+    here, commits = machine.environment, iter(("a" * 40, "b" * 40, "b" * 40, "c" * 40))
+
+    def environment(device: str, threads: int) -> dict[str, Any]:
+        facts = here(device, threads)
+        return facts | {"git_commit": next(commits), "command": "python -m bench.train"}
+
+    monkeypatch.setattr(machine, "environment", environment)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
+    train(store.spec(), store)
+    assert run_row(store, "run")["git_commit"] == f"{'a' * 40}, then {'b' * 40}, then {'c' * 40}"
+    environment_ = store.description()["environment"]
+    assert (environment_["git_commit"], environment_["command"]) == ("a" * 40, prepared)
+    assert not store.damaged()
 
 
 def test_a_run_tells_of_every_machine_and_of_all_its_time(

@@ -175,6 +175,14 @@ def test_an_unfinished_run_keeps_its_checkpoints(copy: RunStore) -> None:
     assert copy.checkpoint_steps() == [250, 200]
 
 
+def test_space_is_counted_behind_links_once(copy: RunStore, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "linked"
+    elsewhere.mkdir()
+    (elsewhere / "toy").symlink_to(copy.path.parents[1])
+    (copy.path / "loop").symlink_to(copy.path)
+    assert used(elsewhere) == used(copy.path.parents[1]) > 0
+
+
 def test_a_budget_is_kept_as_gently_as_it_can_be(copy: RunStore) -> None:
     out = out_of(copy)
     assert keep_within(out, used(out)) == []
