@@ -48,11 +48,11 @@ from algorithms.routing import (
     Choice,
     RoutedNetwork,
     TaskEncoder,
+    balance_routes,
     encoder,
     modules_used,
     pack_path,
     path_bytes,
-    route_temperature,
     unpack_path,
 )
 from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig
@@ -226,12 +226,11 @@ class D2R(SAC):
         super().reset()
         self._balance_routes()
 
-    @torch.no_grad()
     def _balance_routes(self) -> None:
         if self.config.route_balance:
-            tau = route_temperature(self.log_alpha, self.config.tau_scale_by_T)
-            for network in (self.actor, self.critic, self.target_critic):
-                network.temperature.copy_(tau.expand_as(network.temperature))
+            networks = (self.actor, self.critic, self.target_critic)
+            temperatures = (network.temperature for network in networks)
+            balance_routes(temperatures, self.log_alpha, self.config.tau_scale_by_T)
 
     def probe(self) -> dict[str, np.ndarray]:
         """``route_temperature`` (T,)."""

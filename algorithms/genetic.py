@@ -328,10 +328,10 @@ def grow(bits: Bits, precision: int, growth: Growth, rng: Generator) -> Bits:
     """A genotype of the next stage (Sec. 4.4).
 
     ``random`` (the paper): nothing is kept. ``extend``: the bits stay in front of a random segment,
-    so that the old head feeds M_{N+1}. ``preserve``: M_{N+1} gets a random segment and the head a
-    weight of decimal 0 for it, so that no weight of the policy changes by more than HalfSoftmax
-    gives a zero beside the old head, at most (1 - offset) / (e - offset). A head of zeros, beside
-    which one more zero would be an equal, becomes the head of ones, which is the same policy.
+    so that the old head feeds M_{N+1}. ``preserve``: M_{N+1} gets a random segment, and the head a
+    weight of decimal 0 for it. HalfSoftmax gives a zero beside the old head at most
+    (1 - offset) / (e - offset), so no weight changes by more. An all-zero head, where one more zero
+    would count as an equal, first becomes all ones: the same policy.
     """
     stage = stage_of(len(bits), precision)
     if growth == "random":

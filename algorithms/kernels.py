@@ -10,11 +10,10 @@ Symbols: N = C R rows of all C copies together, M modules, K sources per destina
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
 view of each row would cost more than its arithmetic. An optional array is absent when it is empty.
 
-The compiler guards a vectorised loop by checks that what it writes overlaps with nothing else. With
-too many arrays in one loop it gives up, and arrays that are one take the slow way: hence short
-loops of few arrays. A loop that sums writes to no array but the one it reads, otherwise that check,
-which neighbours can fail, would choose the order of the sum, and its last bit would depend on where
-memory was free.
+The compiler guards a vectorised loop with a check that its output overlaps no input. With too many
+arrays it gives up, and overlapping ones take the slow path: hence short loops over few arrays. A
+loop that sums writes only to the array it reads; otherwise that check, which adjacent arrays can
+fail, would pick the order of the sum, and the last bit would depend on where memory was free.
 """
 
 from __future__ import annotations
@@ -246,7 +245,7 @@ def activate(
     input or that before the ReLU. ``out`` (N, d, optional): if there is neither LayerNorm nor
     ``u`` it may be absent, and ``x`` is rectified in place. ``u`` (N, d, optional). ``inverse``
     (N,): 1 over the standard deviation. ``bias`` (G, d), ``scale`` and ``shift`` (C, d): each
-    serves so many rows in a row, G and C divide N.
+    serves the same number of consecutive rows; G and C divide N.
     """
     rows, width = x.shape
     per_bias, per_scale = rows // bias.shape[0], rows // max(scale.shape[0], 1)

@@ -69,7 +69,7 @@ from algorithms.genetic import (
 )
 from algorithms.mega_health import findings
 from algorithms.nn import initialise, mlp
-from algorithms.routing import RoutedNetwork, route_temperature
+from algorithms.routing import RoutedNetwork, balance_routes
 from algorithms.sac import ARS, SAC, Extras, Phase, SACConfig
 from algorithms.wiring import Decoder, GenotypeNetwork, Relaxation, Wiring
 from suites.base import Episode, SuiteSpec, stream
@@ -103,7 +103,8 @@ class MEGAConfig(SACConfig):
     max_evaluate_times: Annotated[int, Field(ge=1)] = 2
     """Episodes per genotype of a generation (Table 3)."""
     generation: Literal["episodes", "all_twice"] = "episodes"
-    """What ends a generation: N_P x max_evaluate_times episodes, or so many of each genotype."""
+    """What ends a generation: N_P x max_evaluate_times episodes, or max_evaluate_times of each
+    genotype."""
     fitness: Literal["generation", "running_mean", "last"] = "generation"
     """Mean return of this generation, of the genotype's life, or the latest (Sec. 4.3)."""
     best_selection_prob: Rate = 0.5
@@ -394,12 +395,10 @@ class MEGA(SAC):
         """Refresh the critics' route temperatures."""
         self._balance_routes()
 
-    @torch.no_grad()
     def _balance_routes(self) -> None:
-        for critic in (self.critic, self.target_critic):
-            if isinstance(critic, RoutedNetwork):
-                tau = route_temperature(self.log_alpha)
-                critic.temperature.copy_(tau.expand_as(critic.temperature))
+        critics = (self.critic, self.target_critic)
+        routed = (critic.temperature for critic in critics if isinstance(critic, RoutedNetwork))
+        balance_routes(routed, self.log_alpha)
 
     # --------------------------------------------------------------------- which genotype is used
 

@@ -61,8 +61,8 @@ def _diversity(
 
 
 def _of_copies(lengths: NDArray[np.int64], config: Config) -> NDArray[np.float64]:
-    """(T,) the mean pairwise Hamming distance, as a share of so many bits, of copies of one
-    genotype among which those that an optimisation mutates are fresh mutants."""
+    """(T,) mean pairwise Hamming distance, as a share of the length, in a population of copies of
+    one genotype and of its fresh mutants, as many as an optimisation makes."""
     if config.optimise == "random":
         return np.zeros(len(lengths))
     size = config.population_size

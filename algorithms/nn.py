@@ -146,7 +146,7 @@ class ModuleLinear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, with a scale and a shift for each copy.
 
-    ``modules``: and for each of so many modules side by side, the axis after the copies.
+    ``modules``: how many lie side by side, the axis after the copies; each has its own.
     """
 
     def __init__(self, width: int, *, copies: int = 1, modules: int = 1) -> None:
@@ -455,7 +455,7 @@ def mlp(
 ) -> Layers:
     """Linear (-> LayerNorm) -> ReLU for each hidden width, then a linear output unless None.
 
-    ``modules``: so many such networks side by side (`ModuleLinear`).
+    ``modules``: how many such networks lie side by side (`ModuleLinear`).
     """
 
     def linear(outputs: int, last: bool) -> nn.Module:

@@ -27,6 +27,7 @@ the two equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -110,6 +111,16 @@ def route_temperature(log_alpha: Tensor, scale_by_tasks: bool = True) -> Tensor:
     """
     share = torch.softmax(-log_alpha.detach().flatten(), 0)
     return share * len(share) if scale_by_tasks else share
+
+
+@torch.no_grad()
+def balance_routes(
+    temperatures: Iterable[Tensor], log_alpha: Tensor, scale_by_tasks: bool = True
+) -> None:
+    """Set the networks' route temperatures, each (C, T), from SAC's (Eq. 14)."""
+    tau = route_temperature(log_alpha, scale_by_tasks)
+    for temperature in temperatures:
+        temperature.copy_(tau.expand_as(temperature))
 
 
 class RoutedNetwork(nn.Module):

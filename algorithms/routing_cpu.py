@@ -286,7 +286,7 @@ class _Modules:
 
 
 def _tell(x: Tensor, layers: int) -> None:
-    """Show a counter of operations the products of x (C, R, d) with the weights of so many layers,
+    """Show a counter of operations the products of x (C, R, d) with the weights of some layers,
     which compiled loops have made out of its sight."""
     if is_in_torch_dispatch_mode():
         copies, rows, width = x.shape

@@ -61,7 +61,7 @@ class SACConfig(AgentConfig):
     T softmax(-alpha) (as Soft Modularization Eq. 11 and D2R Eq. 15 print it), or 1."""
     extreme_loss: Annotated[float, Field(gt=0)] | None = 3e3
     """A task whose losses sum to more than this is left out of the step (D2R App. A.2). With
-    balanced rewards: than this times the square of the task's factor, as its squared errors."""
+    balanced rewards the limit grows by the square of the task's factor, as squared errors do."""
     reward_scale: Annotated[float, Field(gt=0)] = 0.1
     """Factor on rewards in the losses (MEGA Table 2); returns are reported unscaled."""
     time_limit: Literal["bootstrap", "terminal"] = "bootstrap"
@@ -113,8 +113,8 @@ ARS: dict[str, Any] = {
     "alpha_max": None,
 }
 """The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
-any algorithm here. Without weights by temperature and without its cap, which would take back what a
-larger factor gives: a task's temperature grows with its rewards. The paper floors a task's mean
+any algorithm here. Loss weights and the cap on alpha are off: temperatures grow with rewards, so
+both would undo a larger factor. The paper floors a task's mean
 reward at 0.01 where we cap its factor: the largest mean of Meta-World's tasks under a random policy
 is 2.5. Networks, activations and the clipping of gradients stay the algorithm's (ARS: four layers
 of 400, tanh, none)."""
@@ -143,10 +143,10 @@ class SAC(Agent):
         self.updates = 0
         self.steps = 0
         """Training steps of each task so far."""
-        self.resets = 0
+        self.resets_done = 0
         self.fresh = True
         """Whether this update is the first of new networks."""
-        self.entropy_target = (
+        self.target_entropy = (
             -float(suite.action_dim) if self.config.target_entropy is None
             else self.config.target_entropy
         )  # fmt: skip
@@ -227,10 +227,7 @@ class SAC(Agent):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step on all networks and temperatures; metrics (T,)."""
-        resets = self.config.resets or 0
-        due = self.steps * (resets + 1) // self.plan.steps_per_task
-        if self.resets < min(due, resets):
-            self.reset()
+        self._reset_if_due()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
         target = self.target(batch, alpha)  # (T, B, 1)
         for optimizer in self.optimizers:
@@ -245,7 +242,7 @@ class SAC(Agent):
                 q_policy = self.value(self.critic, batch.obs, action, "policy").amin(0)  # (T, B, 1)
             actor_loss = self.actor_loss(alpha * log_prob - q_policy)  # (T,)
 
-            surplus = (log_prob.detach() + self.entropy_target).mean((1, 2))  # (T,)
+            surplus = (log_prob.detach() + self.target_entropy).mean((1, 2))  # (T,)
             alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
 
             total_loss = critic_loss + actor_loss + alpha_loss
@@ -337,6 +334,12 @@ class SAC(Agent):
             with torch.no_grad():
                 self.log_alpha.clamp_(max=float(np.log(self.config.alpha_max)))
 
+    def _reset_if_due(self) -> None:
+        resets = self.config.resets or 0
+        due = self.steps * (resets + 1) // self.plan.steps_per_task
+        if self.resets_done < min(due, resets):
+            self.reset()
+
     def reset(self) -> None:
         """Start networks, temperatures and optimisers anew (ARS); all else stays."""
         self._new(self.actor)
@@ -346,7 +349,7 @@ class SAC(Agent):
             self.log_alpha.zero_()
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        self.resets += 1
+        self.resets_done += 1
         self.fresh = True
 
     # -------------------------------------------------------------------------------- the rest
@@ -407,7 +410,7 @@ class SAC(Agent):
             "balance": self.balance,
             "updates": self.updates,
             "steps": self.steps,
-            "resets": self.resets,
+            "resets": self.resets_done,
             "fresh": self.fresh,
             "noise": self.noise.get_state(),
             "init_generator": self.init_generator.get_state(),
@@ -425,7 +428,7 @@ class SAC(Agent):
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.balance = state["balance"].to(self.device)
         self.updates, self.steps = state["updates"], state["steps"]
-        self.resets, self.fresh = state["resets"], state["fresh"]
+        self.resets_done, self.fresh = state["resets"], state["fresh"]
         self.noise.set_state(state["noise"].cpu())
         self.init_generator.set_state(state["init_generator"].cpu())
 

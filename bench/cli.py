@@ -87,7 +87,7 @@ Hang = Annotated[
         "--hang-seconds",
         min=0.0,
         max=1e7,
-        help="End a run that shows no sign of life for so long; 0: never.",
+        help="End a run that shows no sign of life for this many seconds; 0: never.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
@@ -1140,7 +1140,9 @@ def speed(
     ] = False,
     training: Annotated[
         int,
-        typer.Option("--train", min=0, help="Also train so many steps per task, to time the loop."),
+        typer.Option(
+            "--train", min=0, help="Also train this many steps per task, to time the loop."
+        ),
     ] = 0,
     sim_workers: SimWorkers = 0,
     json: Json = False,

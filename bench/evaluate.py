@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 SAMPLE_EVERY, SAMPLED_EPISODES = 10, 5
-"""Observations are kept of every so many steps of the first so many episodes."""
+"""Of the first SAMPLED_EPISODES episodes, the observation of every SAMPLE_EVERY-th step is kept."""
 
 
 def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outcome:
@@ -46,9 +46,7 @@ def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outco
     return_ = np.zeros((len(names), episodes))
     kept: list[np.ndarray] = []
     for first in range(0, episodes, per_round):
-        numbers = range(first, first + per_round)
-        seeds = [[stream(seed, "evaluation", name, n) for n in numbers] for name in names]
-        obs = envs.reset(np.array(seeds, np.uint64))
+        obs = envs.reset(evaluation_seeds(names, seed, range(first, first + per_round)))
         wanted = min(per_round, episodes - first, max(0, SAMPLED_EPISODES - first))
         ended = 0
         for t in range(envs.spec.horizon):
@@ -63,6 +61,12 @@ def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outco
                 ended += 1
         assert ended == len(names) * per_round, "episodes end together, at the horizon"
     return Outcome(success, return_, np.concatenate(kept, axis=1))
+
+
+def evaluation_seeds(names: Sequence[str], seed: int, numbers: Sequence[int]) -> np.ndarray:
+    """Seeds (T, n) of the evaluation episodes of these numbers, of tasks by name."""
+    seeds = [[stream(seed, "evaluation", name, number) for number in numbers] for name in names]
+    return np.array(seeds, np.uint64)
 
 
 def episodes_needed(suite: Suite, episodes: int) -> int:

@@ -83,7 +83,7 @@ class _Run(NamedTuple):
 
 
 MANY_RUNS = 100
-"""From so many runs on, reading them is worth several processes."""
+"""From this many runs on, reading them in several processes pays off."""
 
 
 def _read_all(stores: list[RunStore], names: list[str]) -> Iterator[_Run | str]:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """Where this package is imported from."""
 POLL_SECONDS = 0.2
 REMOTE_WAIT_SECONDS = 120.0
-"""For so long a run started again elsewhere waits for its orphan, which ends with its episode."""
+"""How long a run started again elsewhere waits for its orphan, which ends with its episode."""
 
 
 class Order(NamedTuple):

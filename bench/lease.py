@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 LEASE_SECONDS = 60.0
-"""A lease whose counter stands still for so long has expired."""
+"""A lease whose counter stands still for this long has expired."""
 POLL_SECONDS = 0.2
 
 

@@ -385,7 +385,7 @@ def _step(envs: VectorEnv, actions: Iterator[np.ndarray]) -> None:
 
 
 def _episode(step: Callable[[], Any], horizon: int) -> float:
-    """Seconds of so many steps."""
+    """Seconds of ``horizon`` steps."""
     started = time.perf_counter()
     for _ in range(horizon):
         step()
@@ -447,6 +447,6 @@ def silent_stderr() -> Iterator[None]:
 
 
 def _extras(agent: Agent, envs: int) -> dict[str, np.ndarray]:
-    """What the agent stores with the transitions of so many environments per task."""
+    """What the agent stores with the transitions of ``envs`` environments per task."""
     obs = np.zeros((agent.suite.num_tasks, envs, agent.suite.obs_dim), np.float32)
     return agent.act(obs, explore=True).extras

@@ -51,7 +51,7 @@ TIMING_HEADER = b"step,section,seconds\n"
 CHECKPOINTS_KEPT = 2
 SUMS = "SHA256SUMS"
 LOOK_SECONDS = 0.5
-"""For so long another process may hold the lock just to see whether the run is held."""
+"""How long another process may hold the lock just to see whether the run is held."""
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ class BusyError(StoreError):
 
 
 class TakenOverError(BusyError):
-    """Another process is training this run now, which this one was training until then."""
+    """Another process has taken this run over from this one."""
 
 
 class RunStore:
@@ -145,7 +145,7 @@ class RunStore:
         try:
             content: dict[str, Any] = json.loads((self.path / "spec.json").read_text("utf-8"))
         except FileNotFoundError:
-            raise StoreError(f"{self.path} is no run directory: it has no spec.json") from None
+            raise StoreError(f"{self.path} is not a run directory: it has no spec.json") from None
         except (OSError, ValueError, RecursionError) as error:
             raise StoreError(f"{self.path / 'spec.json'} is damaged: {error}") from None
         schema = content.get("schema") if isinstance(content, dict) else None

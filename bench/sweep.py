@@ -228,7 +228,7 @@ def _read_request(
     tables = [table.get("set", {}) for table in (top, entry)]
     for table in tables:
         if not isinstance(table, dict):
-            problem = f"set={table!r} is no table; write set = {{ gamma = 0.98 }}"
+            problem = f"set={table!r} is not a table; write set = {{ gamma = 0.98 }}"
             mistakes.append(Mistake(place, problem))
     overrides = [_flatten(table) for table in tables if isinstance(table, dict)]
     algorithms = read("algos", lambda value: _words(value, "algos"), [])
@@ -251,7 +251,7 @@ def _seeds(value: Any) -> list[int]:
         wrong = [seed for seed in value if type(seed) is not int or seed < 0]
         if wrong or not value:
             raise SpecError(f"seeds={value!r}: {', '.join(map(repr, wrong)) or 'nothing'} "
-                            "is no seed; write numbers from 0 on, such as [3, 7]")  # fmt: skip
+                            "is not a seed; write numbers from 0 up, such as [3, 7]")  # fmt: skip
         if len(value) > MAX_SEEDS:
             raise SpecError(f"seeds: {len(value)} are named, at most {MAX_SEEDS} are allowed")
         return once(value, f"seeds={value!r}")

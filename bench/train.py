@@ -34,14 +34,14 @@ from suites.base import Episode, SimulatorError, VectorEnv, stream
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is taken at the first episode boundary this long after the last ..."""
 CHECKPOINT_STEPS = 4_000
-"""... or after about so many steps per task, see `checkpoint_steps`."""
+"""... or after about this many steps per task, see `checkpoint_steps`."""
 LOGGED_POINTS = 100
 """Rows of training metrics over a run, at most."""
 PROBED_POINTS = 50
 """Snapshots of the agent's own state over a run, at most."""
 HEARTBEAT_SECONDS = 1.0
 HANG_SECONDS = 900.0
-"""A process without a heartbeat for so long hangs and is ended."""
+"""A process without a heartbeat for this long hangs and is ended."""
 DIVERGED = 1e12
 """A training metric beyond this is taken for divergence; values and losses stay far below."""
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BUSY = 1, 130, 75
@@ -421,15 +421,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--allow-other-numerics", action="store_true")
     parser.add_argument(
         "--hang-seconds", type=float, default=HANG_SECONDS,
-        help="end the process after so long without a heartbeat; 0: never",
+        help="end the process after this many seconds without a heartbeat; 0: never",
     )  # fmt: skip
     parser.add_argument(
         "--lease-seconds", type=float, default=LEASE_SECONDS,
-        help="take the run from another machine that gave no sign of life for so long",
+        help="take the run from another machine that gave no sign of life for this many seconds",
     )  # fmt: skip
     parser.add_argument(
         "--wait-seconds", type=float, default=LOOK_SECONDS,
-        help="wait so long for another process of this machine that trains the run",
+        help="wait this many seconds for another process of this machine that trains the run",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.threads < 1:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.evaluate import Policy
-from suites.base import RenderError, VectorEnv, stream
+from bench.evaluate import Policy, evaluation_seeds
+from suites.base import RenderError, VectorEnv
 
 BACKENDS = ("egl", "osmesa")
 SETTINGS = (*BACKENDS, "glfw", "glx", "cgl", "wgl", "enable", "enabled", "on", "true", "1")
@@ -75,9 +75,7 @@ def film(policy: Policy, envs: VectorEnv, seed: int) -> np.ndarray:
 
     Raises RenderError where no picture can be had.
     """
-    names = envs.spec.task_names
-    seeds = [[stream(seed, "evaluation", name, 0)] * envs.envs_per_task for name in names]
-    obs = envs.reset(np.array(seeds, np.uint64))
+    obs = envs.reset(evaluation_seeds(envs.spec.task_names, seed, [0] * envs.envs_per_task))
     pictures = [envs.render()]
     for step in range(1, envs.spec.horizon + 1):
         obs = envs.step(policy(obs)).obs

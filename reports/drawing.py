@@ -425,7 +425,7 @@ def thin_lines(
 FEW_POINTS = 8
 """A curve of fewer evaluations than this shows each as a point; a single one is no line."""
 CURVE_MARKERS = 3
-"""About so many markers a curve carries; they tell curves apart without their colours."""
+"""About how many markers a curve carries; they tell curves apart without their colours."""
 
 
 def bold_line(

@@ -26,7 +26,7 @@ from reports.tabling import setting_warnings
 
 MANIFEST = "report.json"
 MANY_RUNS = 100
-"""From so many runs on a report is worth several processes."""
+"""From this many runs on, several processes pay off."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ class Suite(ABC):
     def peers(self) -> dict[str, Callable[[int], AbstractContextManager[Callable[[], Any]]]]:
         """Public vector environments of the same tasks, to be timed beside ours.
 
-        Each opens, for episodes of so many steps, a context whose value steps all tasks once with
+        Each opens, for an episode length, a context whose value steps all tasks once with
         random actions.
         """
         return {}

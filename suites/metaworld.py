@@ -104,12 +104,10 @@ class MetaWorld(Suite):
     def peers(self) -> dict[str, Callable[[int], contextlib.AbstractContextManager[Any]]]:
         """Metaworld's own, in one process and with a process for each task."""
         kind = re.match(r"mt(10|25|50)_", self.spec.name)
-        strategies = ("sync", "async") if kind else ()
-        return {
-            f"metaworld's, {strategy}": partial(_official, f"MT{kind[1]}", strategy)
-            for strategy in strategies
-            if kind
-        }
+        if kind is None:
+            return {}
+        benchmark = f"MT{kind[1]}"
+        return {f"metaworld's, {s}": partial(_official, benchmark, s) for s in ("sync", "async")}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,15 +48,7 @@ def _threads_as_before() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``algorithm`` runs for every registered one."""
     if "algorithm" in metafunc.fixturenames:
-        found = [
-            pytest.param(name, marks=() if _is_there(target) else pytest.mark.skip(f"no {target}"))
-            for name, target in algorithms.table().items()
-        ]
-        metafunc.parametrize("algorithm", found, scope="module")
-
-
-def _is_there(target: str) -> bool:
-    return importlib.util.find_spec(target.partition(":")[0]) is not None
+        metafunc.parametrize("algorithm", algorithms.names(), scope="module")
 
 
 def toy_spec(algorithm: str = "mt_sac", seed: int = 0, **overrides: Any) -> RunSpec:

@@ -243,12 +243,12 @@ def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spe
     batches = [make_batch(agent, 8, seed) for seed in range(4)]
     agent.steps = 83
     agent.update(batches[0])
-    assert agent.resets == 0
+    assert agent.resets_done == 0
     used = copy.deepcopy(agent.state_dict())
     agent.steps = 84
     agent.log_alpha.data -= 3
     agent.update(batches[1])
-    assert agent.resets == 1
+    assert agent.resets_done == 1
     for network in ("actor", "critic"):
         same_as_before = [
             torch.equal(parameter, used[network][name])
@@ -264,12 +264,12 @@ def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spe
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     for each in (agent, other):
         each.update(batches[2])
-        assert each.resets == 1
+        assert each.resets_done == 1
         each.steps = 249
         each.update(batches[3])
-        assert each.resets == 2
+        assert each.resets_done == 2
         each.update(batches[0])
-        assert each.resets == 2
+        assert each.resets_done == 2
     same(agent.state_dict(), other.state_dict())
 
 
@@ -402,7 +402,7 @@ def test_the_readmes_table_of_algorithms_is_true() -> None:
         n: t.partition(":")[0].replace(".", "/") + ".py" for n, t in algorithms.table().items()
     }
     assert named == {name: files[name] for name in named}
-    assert set(named) == {name for name, file in files.items() if (root / file).exists()}
+    assert set(named) == set(files)
     for name, (_, _, variants, parameters) in zip(named, rows, strict=True):
         for variant in re.findall(r"`(\w+)`", variants):
             RunSpec.resolve(f"{name}@{variant}", "mt10_rand", 0)

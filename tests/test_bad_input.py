@@ -270,7 +270,7 @@ def test_a_grid_is_read_as_people_save_it_and_told_all_that_is_wrong(tmp_path: P
     assert bench("run", "--grid", str(grid), "--dry-run", "--out", str(tmp_path)).returncode == 0
     for text, words in {
         good.replace("[0]", "1" * 5000): ["not TOML"],
-        good.replace("[0]", '[true, "a", 1.5, -3]'): ["True, 'a', 1.5, -3 is no seed"],
+        good.replace("[0]", '[true, "a", 1.5, -3]'): ["True, 'a', 1.5, -3 is not a seed"],
         good.replace("[0]", "[3, 3]"): ["seeds=[3, 3]: 3 is named twice"],
         good.replace("mega", "megaa") + '[set]\nhorizon = "x"\nsteps_per_task = -1\n': [
             "unknown algorithm 'megaa'", "horizon='x'", "steps_per_task=-1",

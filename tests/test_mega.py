@@ -558,7 +558,7 @@ def test_a_reset_keeps_stages_and_genotypes_and_forgets_returns() -> None:
     genotypes = [{g.id for g in agent.community.population(task)} for task in range(3)]
     agent.steps = agent.plan.steps_per_task // 2 + 1
     agent.update(batch(agent))
-    assert agent.resets == 1
+    assert agent.resets_done == 1
     assert agent.community.stage.tolist() == [3, 4, 3]
     assert len(agent.actor.stack) == 4
     for task in range(3):

@@ -289,7 +289,9 @@ def test_a_disk_that_is_full_for_a_moment(
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs root")
-def test_a_disk_that_is_really_full(toy_spec: ToySpec, open_store: Open, tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A file system of a few megabytes: refused or failed with a reason, and nothing is broken."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -303,7 +305,9 @@ def test_a_disk_that_is_really_full(toy_spec: ToySpec, open_store: Open, tmp_pat
     try:
         store = open_store(disk, toy_spec())
         assert main([str(store.path)]) == 1
-        assert "No space left on device" in store.status().get("error", "No space left on device")
+        # The status, too, may have found no room for the reason.
+        told = [store.status().get("error"), capfd.readouterr().err]
+        assert any("No space left on device" in str(words) for words in told)
         assert not store.done
         assert not list(store.path.rglob("*.tmp"))
     finally:
@@ -348,13 +352,14 @@ def test_a_heartbeat_comes_while_the_simulator_is_slow(
     step, beats = toy._Points.step, []
 
     def slow(points: Any, reset: bool) -> None:
-        time.sleep(0.02 * (np.random.default_rng(0).random() < 1))
+        time.sleep(0.02)
         step(points, reset)
 
     monkeypatch.setattr(toy._Points, "step", slow)
+    monkeypatch.setattr(sys.modules["bench.train"], "HEARTBEAT_SECONDS", 0.05)
     store = open_store(tmp_path, toy_spec(steps_per_task=100, eval_every=100, eval_episodes=1,
                                           final_episodes=1, warmup_steps=50))  # fmt: skip
     train(store.spec(), store, alive=lambda: beats.append(time.monotonic()))
     gaps = np.diff(beats)
-    assert len(beats) >= 2
-    assert gaps.max() < 5.0
+    assert len(beats) > 20
+    assert gaps.max() < 1.0

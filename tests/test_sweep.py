@@ -102,7 +102,7 @@ def test_a_grids_set_must_be_a_table(values: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     for text in (f"set = {values}\n", f"[[runs]]\nset = {values}\n"):
         path.write_text('algos = ["mega"]\nsuite = "toy"\nseeds = 1\n' + text)
-        with pytest.raises(SpecError, match="is no table; write set ="):
+        with pytest.raises(SpecError, match="is not a table; write set ="):
             expand(*read_grid(path))
 
 
