@@ -35,9 +35,9 @@ import json
 import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.random import Generator
@@ -347,64 +347,29 @@ def grow(bits: Bits, precision: int, growth: Growth, rng: Generator) -> Bits:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneticSettings:
-    """How populations are evaluated and bred (MEGA, Table 3 and Alg. 1-5). Raises ValueError."""
+    """How populations are evaluated and bred (Table 3, Alg. 1-5).
+
+    The fields are those of `algorithms.mega.MEGAConfig`, which says what they mean and checks them.
+    """
 
     population_size: int = 3
-    """P, Table 3: 3 (MT10) or 4 (MT50)."""
     precision: int = 2
-    """p_w in bits, 1 to 8, Table 3: 2 (MT10) or 4 (MT50)."""
     max_evaluate_times: int = 2
-    """Table 3: episodes per genotype and generation, on average or (``all_twice``) each."""
     generation: Literal["episodes", "all_twice"] = "episodes"
-    """What ends a generation: P * max_evaluate_times episodes, or so many of each genotype."""
     fitness: Literal["generation", "running_mean", "last"] = "generation"
-    """The mean return of this generation, of the genotype's whole life, or the latest return.
-
-    Every generation evaluates its survivors anew, whichever it is."""
     best_selection_prob: float = 0.5
-    """How often the best is taken where no unevaluated genotype is due (Sec. 4.3)."""
     optimise: Literal["genetic", "random"] = "genetic"
-    """``random``: every generation is drawn afresh, without elite (Sec. 5.4's ablation)."""
     abandon_rate: float = 0.5
-    """r_a: the worst P * r_a, rounded up, are dropped; at least one, never the best."""
     parents: Literal["survivors", "before_drop"] = "survivors"
-    """Whether parents are chosen after (Alg. 1's order) or before the worst are dropped."""
     clones: Literal["mutate", "keep"] = "mutate"
-    """What happens to a child equal to a living genotype of its task."""
     crossover_rate: float = 0.5
-    """r_c, Table 3."""
     crossover_cross_threshold: float = 0.9
-    """tau_cp_c, Table 3."""
     align: Align = "front"
-    """How parents of different stages are laid over each other (`crossover`)."""
     mutation_rate: float = 0.15
-    """r_m, Table 3."""
     mutation_cross_threshold: float = 0.95
-    """tau_cp_m, Table 3."""
     mutation_best_threshold: float = 0.5
-    """tau_b_m, Table 3, at most tau_cp_m."""
     growth: Growth = "random"
-    """What becomes of the genotypes of a task that moves up a stage (`grow`)."""
     replace: Literal["at_optimise", "at_once"] = "at_optimise"
-    """When: at the task's next optimisation (Sec. 4.4) or immediately."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                allowed = ", ".join(get_args(hint))
-                raise ValueError(f"{field.name} must be one of {allowed}, not {value!r}")
-            if hint is float and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{field.name} must be in [0, 1], not {value}")
-        if self.population_size < 2:
-            raise ValueError(f"population_size must be at least 2, not {self.population_size}")
-        if not 1 <= self.precision <= 8:
-            raise ValueError(f"precision must be 1 to 8 bits, not {self.precision}")
-        if self.max_evaluate_times < 1:
-            raise ValueError(f"max_evaluate_times must be positive, not {self.max_evaluate_times}")
-        if self.mutation_best_threshold > self.mutation_cross_threshold:
-            raise ValueError("mutation_best_threshold exceeds mutation_cross_threshold (Alg. 4)")
 
     def check_room(self, stage: int) -> None:
         """Raises ValueError where a population of a stage has more members than there are
@@ -659,7 +624,7 @@ class Community:
         )
 
     def lengthen(self, task: int, learnt: Learnt | None = None) -> int:
-        """Move a task up one stage (Sec. 4.4) and return it; `GeneticSettings.growth` says how.
+        """Move a task up one stage (Sec. 4.4) and return it; the setting ``growth`` says how.
 
         With ``at_once`` the task's generation restarts with the new genotypes, grown from what the
         old ones have ``learnt`` (as in `tell`).

@@ -106,13 +106,15 @@ class MEGAConfig(SACConfig):
     """What ends a generation: N_P x max_evaluate_times episodes, or max_evaluate_times of each
     genotype."""
     fitness: Literal["generation", "running_mean", "last"] = "generation"
-    """Mean return of this generation, of the genotype's life, or the latest (Sec. 4.3)."""
+    """Mean return of this generation, of the genotype's life, or the latest (Sec. 4.3). Every
+    generation evaluates its survivors anew, whichever it is."""
     best_selection_prob: Rate = 0.5
     """How often the best is taken once all are evaluated; otherwise one uniformly (Sec. 4.3)."""
     optimise: Literal["genetic", "random"] = "genetic"
     """``random``: each generation is drawn anew, without elite (Sec. 5.4, Fig. 8)."""
     abandon_rate: Rate = 0.5
-    """r_a of Alg. 1, not published: 2 of 3 and 2 of 4 are dropped."""
+    """r_a of Alg. 1, not published: the worst N_P r_a, rounded up, are dropped (2 of 3, 2 of 4);
+    at least one, never the best."""
     parents: Literal["survivors", "before_drop"] = "survivors"
     """Parents are chosen after the worst are dropped (the order of Alg. 1) or before."""
     clones: Literal["mutate", "keep"] = "mutate"
@@ -128,7 +130,7 @@ class MEGAConfig(SACConfig):
     mutation_cross_threshold: Rate = 0.95
     """tau_cp_m (Table 3, Alg. 4)."""
     mutation_best_threshold: Rate = 0.5
-    """tau_b_m (Table 3, Alg. 4)."""
+    """tau_b_m, at most tau_cp_m (Table 3, Alg. 4)."""
 
     # Model evolution (Sec. 4.4)
     start_stage: Annotated[int, Field(ge=1, le=256)] = 3
@@ -180,7 +182,12 @@ class MEGAConfig(SACConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        genetic = self.genetic(self.population_size or 3, self.precision or 2)  # raises if not
+        genetic = self.genetic(self.population_size or 3, self.precision or 2)
+        if self.mutation_best_threshold > self.mutation_cross_threshold:
+            raise ValueError(
+                f"mutation_best_threshold={self.mutation_best_threshold} is above "
+                f"mutation_cross_threshold={self.mutation_cross_threshold} (Alg. 4)"
+            )
         if self.population_size and self.precision:
             genetic.check_room(self.start_stage)
         if self.weights == "softmax":

@@ -33,6 +33,7 @@ from algorithms.genetic import (
     weight_intervals,
     weight_matrix,
 )
+from algorithms.mega import MEGAConfig
 
 FIG_11 = "1110 0110 1011 0111 1101 0010 0101 0111 0000 1011"
 STAGES = st.integers(1, 9)
@@ -388,7 +389,7 @@ def test_table_numbers_distinct_genotypes_for_ever() -> None:
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        GeneticSettings(**wrong)
+        MEGAConfig(**wrong)
 
 
 def test_half_the_population_is_dropped_and_never_all() -> None:
