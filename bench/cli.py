@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json as json_module
-import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bench.console import (
+    UsageError,
+    WorkError,
+    duration,
+    new_console,
+    print_json,
+    print_table,
+    resolved_device,
+    short,
+)
+
 if TYPE_CHECKING:
     from bench.evaluate import Policy
-    from bench.spec import RunSpec
-    from bench.speed import Cost, Meter
-    from bench.sweep import Job, Request
+    from bench.sweep import Request
     from reports import Results
     from suites.base import VectorEnv
 
@@ -35,9 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-SCHEMA = 1
-"""Version of the --json outputs."""
 
 Out = Annotated[Path, typer.Option("--out", help="Directory of the runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -130,14 +132,6 @@ OtherNumerics = Annotated[
 DEFAULT_OUT = Path("results/runs")
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be; the message says why. Exit code 2."""
-
-
-class WorkError(Exception):
-    """What the user asked for was tried and failed. Exit code 1."""
-
-
 # ----------------------------------------------------------------------------------- training
 
 
@@ -178,6 +172,7 @@ def run(
 
     Example: bench run --algos mega,d2r --suite mt10_rand --seeds 5
     """
+    from bench.conduct import How, conduct
     from bench.sweep import expand, read_grid, read_options
 
     overrides = _overrides(set_, steps)
@@ -192,10 +187,12 @@ def run(
         requests, mistakes = read_options(algos, suite, _seeds(seeds, scale), scale)
     requests = [_with_overrides(request, overrides) for request in requests]
     how = How(
-        out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
-        sim_workers, hang_seconds, track, notify, disk_budget, allow_other_numerics,
+        out=out, workers=workers, threads=threads, device=device, runs_per_device=runs_per_device,
+        launcher=launcher, launcher_set=launcher_set or [], retries=retries,
+        sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
+        disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
-    _sweep(expand(requests, mistakes), how, dry_run=dry_run)
+    conduct(expand(requests, mistakes), how, dry_run=dry_run, of_papers=_suites_of_papers())
 
 
 @app.command()
@@ -231,6 +228,7 @@ def ablate(
 
     Example: bench ablate halfsoftmax --suite mt10_rand --seeds 5
     """
+    from bench.conduct import How, conduct
     from bench.spec import parse_seeds
     from bench.sweep import Request, ablations, expand, names
     from suites.base import unknown
@@ -249,10 +247,12 @@ def ablate(
         if ablation in (name, "all")
     ]  # fmt: skip
     how = How(
-        out, workers, threads, device, runs_per_device, launcher, launcher_set or [], retries,
-        sim_workers, hang_seconds, track, notify, disk_budget, allow_other_numerics,
+        out=out, workers=workers, threads=threads, device=device, runs_per_device=runs_per_device,
+        launcher=launcher, launcher_set=launcher_set or [], retries=retries,
+        sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
+        disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
-    _sweep(expand(requests), how, dry_run=dry_run)
+    conduct(expand(requests), how, dry_run=dry_run, of_papers=_suites_of_papers())
 
 
 def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
@@ -265,6 +265,12 @@ def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:
             raise UsageError("--steps and --set steps_per_task are the same; give one")
         overrides["steps_per_task"] = steps
     return overrides
+
+
+def _suites_of_papers() -> set[str]:
+    from reports import published
+
+    return set(published("success_rates")["suite"])
 
 
 def _seeds(given: str | None, scale: str) -> str:
@@ -283,311 +289,6 @@ def _with_overrides(request: Request, overrides: dict[str, Any]) -> Request:
 
     shared = {*request.shared, *overrides}
     return replace(request, overrides=dict(request.overrides) | overrides, shared=shared)
-
-
-class How(NamedTuple):
-    """The options of `run` and `ablate` that say how, not what."""
-
-    out: Path
-    workers: str
-    threads: int
-    device: str
-    runs_per_device: int
-    launcher: str
-    launcher_set: list[str]
-    retries: int
-    sim_workers: int
-    hang_seconds: float
-    track: str
-    notify: str | None
-    disk_budget: str | None
-    allow_other_numerics: bool
-
-    @property
-    def train_options(self) -> list[str]:
-        """Of the runs' processes."""
-        options = [
-            "--device", self.device, "--threads", str(self.threads),
-            "--sim-workers", str(self.sim_workers), "--hang-seconds", str(self.hang_seconds),
-        ]  # fmt: skip
-        return options + ["--allow-other-numerics"] * self.allow_other_numerics
-
-
-def _sweep(specs: list[RunSpec], how: How, *, dry_run: bool) -> None:
-    """Plan, train with progress, and end with what the runs brought."""
-    from bench import launch, machine, references, sweep
-    from bench.progress import Progress
-    from bench.speed import Meter
-    from bench.store import StoreError
-    from bench.track import sinks
-
-    launch.launcher_options(how.launcher, how.launcher_set)
-    if not (how.hang_seconds == 0 or how.hang_seconds >= 1):
-        raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
-    budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
-    try:
-        trackers = sinks(how.track)
-    except RuntimeError as error:
-        raise UsageError(f"--track: {error}") from None
-    local = how.launcher == "local"
-    out = how.out if local else how.out.resolve()  # other machines have other working directories
-    at_a_time = _workers(how.workers, max(how.threads, how.sim_workers))
-    # A cluster's machines may have devices that this one lacks.
-    here = _device(how.device if local else "auto")
-    gpus = machine.gpus(here) if local else []
-    if gpus:  # each run sees one of them
-        at_a_time = min(at_a_time, len(gpus) * how.runs_per_device)
-        here = "cuda"
-    how = how._replace(device=here if local or how.device == "auto" else how.device)
-    environment = machine.environment(here, how.threads) if local else machine.origin()
-    console = _console()
-
-    def planned(jobs: list[Job]) -> list[Job]:
-        with Meter(here) as meter:
-            costs = _costs(jobs, meter, how.threads)
-            _print_plan(console, jobs, costs, at_a_time if local else len(jobs), out, meter)
-        if not dry_run and local and (problem := sweep.check_room(out, costs, jobs, at_a_time)):
-            raise WorkError(problem)
-        return jobs
-
-    if dry_run:
-        planned(sweep.plan(specs, out))
-        return
-    try:
-        sweep.writable(out)
-        launcher = launch.launcher(
-            how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
-            device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,
-        )  # fmt: skip
-    except (StoreError, RuntimeError) as error:
-        raise WorkError(str(error)) from None
-    with contextlib.closing(launcher):  # there before a directory is made: it may not work here
-        try:
-            jobs = planned(sweep.prepare(specs, out, environment))
-        except (StoreError, OSError) as error:
-            raise WorkError(str(error)) from None
-        started = time.time()
-        under_way = sweep.Sweep(
-            jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
-        )
-        with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
-
-            def notice(job: Job | None) -> None:
-                progress.notice(job)
-                aside.notice(job)
-
-            under_way.run(notice)
-    interrupted = under_way.interrupted
-    if not interrupted and any(job.outcome != "busy" for job in jobs):
-        with _status(console, "evaluating the scripted experts and the random policy"):
-            for problem in references.ensure(specs, out, machine.environment(here, how.threads)):
-                print(f"bench: no reference rows of {problem}", file=sys.stderr)
-    if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
-        print(f"bench: {problem}", file=sys.stderr)
-    _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
-
-
-class _Aside:
-    """What goes on beside a sweep: metrics to the trackers, disk space; no fault of it is one of
-    the sweep's."""
-
-    SECONDS = 10.0
-
-    def __init__(self, jobs: list[Job], out: Path, trackers: list[str], budget: int) -> None:
-        from bench.track import Follower
-
-        self._out, self._budget = out, budget
-        todo = [job.store for job in jobs if job.outcome != "skipped"]
-        self._follower: Follower | None = Follower(todo, out, trackers) if trackers else None
-        self._next = time.monotonic() + self.SECONDS
-
-    def __enter__(self) -> _Aside:
-        if self._budget:
-            self._thin()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._track(last=True)
-
-    def notice(self, job: Job | None) -> None:
-        """See `bench.sweep.Sweep.run`."""
-        if self._budget and job is not None and job.outcome not in ("pending", "running"):
-            self._thin()
-        if time.monotonic() >= self._next:
-            self._track(last=False)
-            self._next = time.monotonic() + self.SECONDS
-
-    def _thin(self) -> None:
-        from bench.sweep import size
-        from bench.tidy import keep_within, used
-
-        try:
-            removed = keep_within(self._out, self._budget)
-        except OSError as error:
-            print(f"bench: --disk-budget: {error}", file=sys.stderr)
-            return
-        if removed:
-            freed = size(sum(removal.size for removal in removed))
-            print(f"removed {len(removed)} files ({freed}) to stay within --disk-budget")
-        elif (now := used(self._out)) > self._budget:
-            print(f"bench: {self._out} holds {size(now)}, more than --disk-budget; what is left "
-                  "is needed", file=sys.stderr)  # fmt: skip
-
-    def _track(self, *, last: bool) -> None:
-        if self._follower is None:
-            return
-        try:
-            self._follower.close() if last else self._follower.pass_on()
-        except Exception as error:  # noqa: BLE001  (a tracker may raise anything, the network too)
-            print(f"bench: tracking stopped: {type(error).__name__}: {error}", file=sys.stderr)
-            self._follower = None
-
-
-def _device(name: str) -> str:
-    """`--device`, resolved. Raises UsageError for one that is not here."""
-    from bench import machine
-
-    try:
-        return machine.resolve_device(name)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-MAX_WORKERS = 1000
-"""Processes at a time on one machine: more is a slip of the keyboard."""
-
-
-def _workers(text: str, cores_each: int) -> int:
-    from bench import machine
-
-    if text == "auto":
-        return max(1, machine.cores() // cores_each)
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
-        raise UsageError(f"--workers {text!r}: expected auto or a number from 1 to {MAX_WORKERS}")
-    return int(text)
-
-
-def _costs(jobs: list[Job], meter: Meter, threads: int) -> dict[str, Cost]:
-    """What a run of each group costs, measured once per group that has work left."""
-    costs: dict[str, Cost] = {}
-    for job in jobs:
-        if job.outcome in ("pending", "busy") and job.group not in costs:
-            with _status(_console(), f"measuring {job.spec.title} on {job.spec.suite}"):
-                costs[job.group] = meter.cost(job.spec, threads)
-    return costs
-
-
-def _print_plan(
-    console: Any, jobs: list[Job], costs: dict[str, Cost], workers: int, out: Path, meter: Meter
-) -> None:
-    from bench.spec import preset
-
-    todo = [job for job in jobs if job.outcome == "pending"]
-    for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
-        scale = "Full scale" if chosen.full_scale else "Reduced scale"
-        console.print(f"{scale}, preset {chosen.name}: {chosen.description}")
-        small = [job for job in todo if job.spec.preset == chosen.name and not chosen.full_scale]
-        if small:
-            with _status(console, "measuring the papers' scale"):
-                hours = _paper_hours(small, meter)
-            here = f": a run on this machine, {hours}" if hours else ""
-            console.print(f"The papers' scale is --preset paper{here}")
-    already = sum(job.outcome == "skipped" for job in jobs)
-    busy = sum(job.outcome == "busy" for job in jobs)
-    resumed = sum(job.store.status().get("step", 0) > 0 for job in todo)
-    console.print(
-        f"{len(jobs)} runs in {out}: {already} done, {len(todo)} to train"
-        + (f" ({resumed} of them continued)" if resumed else "")
-        + (f", {busy} in training elsewhere" if busy else "")
-    )
-    for line in _plugins([job.spec for job in jobs]):
-        console.print(f"  {line}")
-    for group, alike in _by_group(todo).items():
-        spec, each = alike[0].spec, duration(costs[group].seconds)
-        console.print(f"  {spec.suite} {spec.title} {spec.preset}: {len(alike)} x {each}")
-    if todo:
-        left = [_remaining(job, costs[job.group].seconds) for job in todo]
-        total, longest = sum(left), max(left)
-        working = sorted((costs[job.group].working_bytes for job in todo), reverse=True)
-        console.print(
-            f"Estimated {duration(max(total / workers, longest))} with {workers} at a time"
-            + " (measured one at a time; side by side each is slower)" * (workers > 1)
-            + f", {sum(working[:workers]) / 1e9:.1f} GB of disk while training"
-        )
-
-
-def _by_group(jobs: list[Job]) -> dict[str, list[Job]]:
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.group, []).append(job)
-    return groups
-
-
-def _plugins(specs: list[RunSpec]) -> list[str]:
-    """The code of other packages that these runs execute."""
-    from bench.machine import plugins
-
-    used = {f"algorithm {spec.algorithm}" for spec in specs}
-    return [
-        f"third-party {name}: {source}"
-        for name, source in plugins().items()
-        if name in used
-        or (name.startswith("suite ") and any(f"suite {s.suite}".startswith(name) for s in specs))
-    ]
-
-
-def _remaining(job: Job, seconds: float) -> float:
-    step = float(job.store.status().get("step", 0))
-    return seconds * (1 - step / job.spec.protocol.steps_per_task)
-
-
-PAPER_EXAMPLES = 3
-"""Of these the plan tells the hours at the papers' scale: measuring many takes minutes."""
-
-
-def _paper_hours(jobs: list[Job], meter: Meter) -> str:
-    """Hours of one run at the papers' scale, from a moment's measurement, of the first few
-    algorithms and suites; empty for suites that are not the papers'."""
-    from bench.spec import RunSpec
-    from reports import published
-
-    hours = []
-    of_papers = set(published("success_rates")["suite"])
-    pairs = dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs)
-    for name, suite in [pair for pair in pairs if pair[1] in of_papers][:PAPER_EXAMPLES]:
-        spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
-        seconds = meter.cost(spec, 1, budget=0.2).seconds
-        hours.append(f"{name} on {suite} {seconds / 3600:,.0f} h")
-    return ", ".join(hours)
-
-
-def _conclude(
-    console: Any, jobs: list[Job], out: Path, seconds: float, *, interrupted: bool
-) -> None:
-    """Say how it ended; exit 130 if interrupted, 1 if a run failed or another process has it."""
-    failed = [job for job in jobs if job.outcome == "failed"]
-    done = sum(job.outcome in ("done", "skipped") for job in jobs)
-    console.print(f"{done} of {len(jobs)} runs done after {duration(seconds)}; results in {out}")
-    for job in jobs:
-        for warning in job.warnings:
-            print(f"warning: {job.spec.directory}: {warning}", file=sys.stderr)
-        if job.outcome == "busy":
-            console.print(
-                f"in training by another process: {job.spec.directory} (one whose bench run was "
-                "killed stops by itself at the end of its episode: try again then)"
-            )
-    for job in failed:
-        print(f"failed: {job.spec.directory}: {job.error}", file=sys.stderr)
-        print(f"        traceback and output: {job.store.path / 'log.txt'}", file=sys.stderr)
-    if interrupted:
-        console.print("Interrupted; the same command continues.")
-        raise typer.Exit(130)
-    if failed:
-        raise typer.Exit(1)
-    if left := len(jobs) - done:
-        console.print(f"{left} runs are not done: the same command looks at them again.")
-        raise typer.Exit(1)
-    console.print(f"Next: bench report --out {shlex.quote(str(out))}")
 
 
 # ------------------------------------------------------------------------------------- results
@@ -643,7 +344,7 @@ def report(
             time.sleep(every)
         time.sleep(every)
     if not quiet:
-        _console().print(reports.summary(results))
+        new_console().print(reports.summary(results))
     print(page)
 
 
@@ -735,15 +436,15 @@ def status(
     """
     if not watch:
         _existing(out)
-    console = _console()
+    console = new_console()
     while True:
         rows = _status_rows(out)
         if watch and console.is_terminal:
             console.clear()
         if json:
-            _print_json("status", rows)
+            print_json("status", rows)
         elif rows:
-            _print_table(STATUS_COLUMNS, [_status_cells(row) for row in rows])
+            print_table(STATUS_COLUMNS, [_status_cells(row) for row in rows])
             print(_outlook(rows))
         else:
             print(f"no runs below {out}")
@@ -846,7 +547,7 @@ def clean(
         raise WorkError(f"cannot remove {error.filename}: {error.strerror}") from None
     rows = [{"file": str(r.path), "bytes": r.size, "why": r.why} for r in found]
     if json:
-        _print_json("clean", rows)
+        print_json("clean", rows)
         return
     for removal in found:
         print(f"{removal.path}  {size(removal.size)}  {removal.why}")
@@ -891,7 +592,7 @@ def eval_(
     known = ["agent", *references.POLICIES]
     if policy not in known:
         raise UsageError(unknown("policy", policy, known))
-    store, chosen = open_run(out, run), _device(device)
+    store, chosen = open_run(out, run), resolved_device(device)
     try:
         spec = store.spec()
         suite = spec.make_suite()
@@ -922,11 +623,11 @@ def eval_(
         for i, task in enumerate(suite.spec.task_names)
     ]  # fmt: skip
     if json:
-        _print_json("eval", rows)
+        print_json("eval", rows)
     else:
         if count < episodes:
             print(f"goals are frozen: all {episodes} episodes of this policy are alike, 1 was run")
-        _print_table(
+        print_table(
             ["task", "success", "return"],
             [[r["task"], f"{r['successes']}/{r['episodes']}", f"{r['return']:.1f}"] for r in rows],
         )
@@ -1032,9 +733,9 @@ def list_(
             unknown("listing", what, ["algos", "variants", "suites", "presets", "ablations"])
         )
     if json:
-        _print_json(what, rows)
+        print_json(what, rows)
     else:
-        _print_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
+        print_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
 
 
 @app.command()
@@ -1069,10 +770,10 @@ def show(
                  "meaning": meaning}
             )  # fmt: skip
     if json:
-        _print_json("show", rows)
+        print_json("show", rows)
         return
     print(f"{spec.label} on {spec.suite}, preset {spec.preset}, id of seed 0: {spec.id}")
-    _print_table(
+    print_table(
         ["group", "field", "value", "from", "meaning"],
         [[r["group"], r["field"], str(r["value"]), r["from"], r["meaning"]] for r in rows],
     )
@@ -1110,9 +811,9 @@ def params(
                  "sum": sum(counts.values()), "published_millions": printed}
             )  # fmt: skip
     if json:
-        _print_json("params", rows)
+        print_json("params", rows)
         return
-    _print_table(
+    print_table(
         ["algorithm", "suite", "actor", "critic", "sum", "published"],
         [
             [r["algorithm"], r["suite"], f"{r['actor']:,}", f"{r['critic']:,}", f"{r['sum']:,}",
@@ -1169,7 +870,7 @@ def speed(
         if text != "all" and not (text.isdecimal() and 1 <= int(text) <= cores):
             raise UsageError(f"--threads {text!r}: allowed are 1 to {cores}, and all")
         counts.append(cores if text == "all" else int(text))
-    chosen = _device(device)
+    chosen = resolved_device(device)
     labels = names(algos, "--algos") if algos else algorithms.names()
     suites, presets = names(suite, "--suite"), names(preset, "--preset")
     overrides = parse_overrides(set_ or [])
@@ -1196,11 +897,11 @@ def speed(
     facts, versions = machine.hardware(chosen), machine.versions()
     if json:
         more = {"simulators": worlds, "training": trained, "hardware": facts, "versions": versions}
-        _print_json("speed", rows, more)
+        print_json("speed", rows, more)
         return
     for table in filter(None, (rows, worlds, trained)):
         columns = list(table[0])
-        _print_table(columns, [[_short(row[c]) for c in columns] for row in table])
+        print_table(columns, [[short(row[c]) for c in columns] for row in table])
     software = ", ".join(f"{name} {versions[name]}" for name in machine.PACKAGES)
     print(f"{facts['processor']}, {cores} cores, device {chosen}; {software}")
 
@@ -1222,9 +923,9 @@ def doctor(
 
     rows = checks.machine_checks(out) if run is None else checks.run_checks(open_run(out, run))
     if json:
-        _print_json("doctor", rows)
+        print_json("doctor", rows)
     else:
-        _print_table(
+        print_table(
             ["check", "result", "value", "what to do"],
             [[r["check"], r["result"], r["value"], r["advice"]] for r in rows],
         )
@@ -1251,13 +952,13 @@ def verify(
     from bench.verify import steps_to_verify
     from bench.verify import verify as again
 
-    store, chosen = open_run(out, run), _device(device)
+    store, chosen = open_run(out, run), resolved_device(device)
     try:
         verdict = again(store, steps or steps_to_verify(store.spec()), chosen)
     except (RuntimeError, OSError) as error:  # of the store, of training, of the simulator
         raise WorkError(str(error)) from None
     if json:
-        _print_json("verify", [verdict._asdict()])
+        print_json("verify", [verdict._asdict()])
     else:
         compared = f"{verdict.rows:,} rows and {verdict.probes} probes up to step {verdict.steps:,}"
         print(f"{verdict.difference or 'equal to the byte'} ({compared})")
@@ -1265,74 +966,6 @@ def verify(
             print(f"other numerics than recorded, which may change bytes: {change}")
     if verdict.difference:
         raise typer.Exit(1)
-
-
-# ------------------------------------------------------------------------------------- printing
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min``, ``9 days``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 72 else f"{hours / 24:.0f} days"
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Files and pipes have no width; tables fit without broken words in this one.
-    width = None if sys.stdout.isatty() else 120
-    return Console(soft_wrap=True, highlight=False, markup=False, width=width)
-
-
-def _status(console: Any, text: str) -> Any:
-    """A spinner on a terminal, nothing elsewhere."""
-    return console.status(text) if console.is_terminal else contextlib.nullcontext()
-
-
-def _print_json(
-    kind: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None
-) -> None:
-    content = {"schema": SCHEMA, "kind": kind, "rows": rows} | dict(more or {})
-    print(json_module.dumps(_finite(content), indent=1, allow_nan=False))
-
-
-def _finite(content: Any) -> Any:
-    """With null for numbers that JSON does not know."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    unknown = isinstance(content, float) and not math.isfinite(content)
-    return None if unknown else content
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A table on a terminal; tab-separated elsewhere, for other programs."""
-    console = _console()
-    if not console.is_terminal:
-        for row in [header, *rows]:
-            print("\t".join(row))
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table, soft_wrap=False)
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
 def main() -> NoReturn:
