@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -46,7 +47,9 @@ def names() -> list[str]:
 
 def described() -> dict[str, str]:
     """`names`, each with what it is."""
-    return _NAMES | {f"{prefix}...": "of an installed package" for prefix in _third_party()}
+    return _NAMES | {
+        f"{prefix}...": "of an installed package" for prefix in plugins() if prefix not in _LOADERS
+    }
 
 
 def load(
@@ -68,20 +71,33 @@ def load(
         raise ValueError(f"horizon {horizon!r} is not a whole number of steps")
     if not 1 <= horizon <= MAX_HORIZON:
         raise ValueError(f"horizon {horizon} is outside 1 to {MAX_HORIZON} steps")
-    loaders = _LOADERS | _third_party()
-    for prefix in sorted(loaders, key=len, reverse=True):
-        if name.startswith(prefix):
-            module, function = loaders[prefix].split(":")
-            suite = getattr(import_module(module), function)(
-                name, goals=goals, reward_version=reward_version, horizon=horizon
-            )
-            assert isinstance(suite, Suite), f"{loaders[prefix]} returned no Suite"
-            return suite
-    raise ValueError(unknown("suite", name, names()))
+    loaders = _LOADERS | plugins()
+    prefix = max((p for p in loaders if name.startswith(p)), key=len, default=None)
+    if prefix is None:
+        raise ValueError(unknown("suite", name, names()))
+    target = loaders[prefix]
+    if prefix in _LOADERS and prefix in plugins():
+        raise ValueError(
+            f"suites {prefix!r}... are built in, and an installed package registers {target} under "
+            "the same name: remove that package, or rename its suites"
+        )
+    module, _, function = target.partition(":")
+    try:
+        make = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        if prefix in _LOADERS:
+            raise
+        raise ValueError(
+            f"suites {prefix!r}... are registered as {target} by an installed package, but cannot "
+            f"be loaded: {type(error).__name__}: {error}"
+        ) from None
+    suite = make(name, goals=goals, reward_version=reward_version, horizon=horizon)
+    if not isinstance(suite, Suite):
+        raise ValueError(f"suite {name!r}: {target} made a {type(suite).__name__} and no Suite")
+    return suite
 
 
-def _third_party() -> dict[str, str]:
-    found = {entry.name: entry.value for entry in entry_points(group=_ENTRY_POINTS)}
-    if clash := sorted(found.keys() & _LOADERS.keys()):
-        raise ValueError(f"installed packages register suites under built-in names: {clash}")
-    return found
+@cache
+def plugins() -> dict[str, str]:
+    """Prefix of names -> "module:function" of the suites of other installed packages."""
+    return {point.name: point.value for point in entry_points(group=_ENTRY_POINTS)}

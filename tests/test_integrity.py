@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import zipfile
@@ -19,6 +20,7 @@ import pytest
 from test_cli import bench
 
 import algorithms
+import suites
 from bench import frames
 from bench.doctor import run_checks
 from bench.spec import RunSpec
@@ -264,20 +266,24 @@ def test_an_evil_name_stays_inside_the_output_directory(toy_spec: Any, tmp_path:
 
 
 @contextmanager
-def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> Iterator[None]:
-    """A package of one algorithm's entry point, which its metadata alone makes known."""
+def installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, entry: str, kind: str = "algorithms"
+) -> Iterator[None]:
+    """A package of one entry point, which its metadata alone makes known."""
     info = folder / "deep-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: deep\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[mega_bench.algorithms]\n{entry}\n")
+    (info / "entry_points.txt").write_text(f"[mega_bench.{kind}]\n{entry}\n")
     shutil.copy(Path(__file__).parent / "plugin" / "deep.py", folder)
     monkeypatch.syspath_prepend(str(folder))
     algorithms.plugins.cache_clear()
+    suites.plugins.cache_clear()
     try:
         yield
     finally:
         monkeypatch.undo()
         algorithms.plugins.cache_clear()
+        suites.plugins.cache_clear()
 
 
 def planned(algos: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -303,3 +309,23 @@ def test_a_plug_in_cannot_take_a_built_in_name(
     assert "deep:Deep" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert others.returncode == 0, others.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("toy = deep:Deep", "suites 'toy'... are built in"),
+        ("deepsea = nowhere:load", "cannot be loaded: ModuleNotFoundError"),
+        ("deepsea = deep:load", "cannot be loaded: AttributeError"),
+        ("deepsea = unittest.mock:Mock", "made a Mock and no Suite"),
+    ],
+)
+def test_a_plug_ins_faulty_suites_cost_themselves_alone(
+    entry: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = entry.partition(" ")[0]
+    with installed(tmp_path, monkeypatch, entry, "suites"):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            suites.load(prefix)
+        assert suites.load("mt1_rand:reach-v3").spec.num_tasks == 1
+        assert "toy" in suites.names()
