@@ -4,7 +4,7 @@ Between two matrix products lies a little arithmetic on every row: normalising, 
 the routed network choosing sources and mixing them. As tensor operations it costs several times the
 products at the sizes of the reduced presets; here all of it between two products is one pass over
 the rows. The formulas, and the same in tensor operations for other devices, are in `algorithms.nn`,
-`algorithms.routing` and `algorithms.moore`.
+`algorithms.routing`, `algorithms.moore` and `algorithms.soft_module`.
 
 Symbols: N = C R rows of all C copies together, M modules, K sources per destination, d the width of
 a module. Arrays are contiguous, which compilers need to vectorise, and indexed by hand, because a
@@ -106,7 +106,7 @@ def choose(
 
 
 @_compile
-def below_largest(
+def less_destination_maximum(
     z: Array,
     out: Array,
 ) -> None:
@@ -288,7 +288,7 @@ def activate(
 
 
 @register_jitable(inline="always")  # a call for each row would cost more than its arithmetic
-def _normalise_backward(
+def _layer_norm_backward(
     arriving: Array, x: Array, n: int, scale: Array, c: int, inverse: Array, part: float,
     g_scale: Array, g_shift: Array,
 ) -> None:  # fmt: skip
@@ -348,7 +348,7 @@ def activate_backward(
                 for w in range(width):
                     passes = x[n, w] * scale[c, w] + shift[c, w] > zero
                     arriving[w] = gradient[n, w] if passes else zero
-            _normalise_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
+            _layer_norm_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
         elif blocked.shape[0] > 0:
             for w in range(width):
                 arriving[w] = gradient[n, w] - blocked[n, w] if x[n, w] > zero else zero
@@ -418,7 +418,7 @@ def encode_backward(
             for w in range(width):
                 g_task[t, w] += of_query[n, w]
         if scale.shape[0] > 0:
-            _normalise_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
+            _layer_norm_backward(arriving, x, n, scale, c, inverse, part, g_scale, g_shift)
         for w in range(width):
             g_bias[c, w] += arriving[w]
             out[n, w] = arriving[w]
@@ -731,7 +731,7 @@ def gate_backward(
 
 
 @_compile
-def less_largest(z: Array, out: Array) -> None:
+def less_row_maximum(z: Array, out: Array) -> None:
     """Each number less the largest of its row, both (N, n)."""
     rows, width = z.shape
     for n in range(rows):
@@ -743,7 +743,7 @@ def less_largest(z: Array, out: Array) -> None:
 
 
 @_compile
-def normalise(p: Array) -> None:
+def divide_by_sum(p: Array) -> None:
     """Divide each row of ``p`` (N, n) by its sum."""
     rows, width = p.shape
     for n in range(rows):

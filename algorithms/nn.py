@@ -24,11 +24,6 @@ from algorithms.kernels import (
     activate_backward,
     blend,
     blend_backward,
-    gate,
-    gate_backward,
-    less_largest,
-    normalise,
-    softmax_backward,
 )
 
 Init = Literal["authors", "torch"]
@@ -353,67 +348,6 @@ class _Blended(torch.autograd.Function):
             g_bias[:, :, None] if wanted else None,
             None,
         )
-
-
-def gated(features: Tensor, linear: Linear, x: Tensor) -> Tensor:
-    """ReLU(f * linear(x)): (C, T, B, d) and (C, T, B, inputs) -> (C, T, B, d)."""
-    if not compiled(x):
-        plain: Tensor = (features * linear(x)).relu_()
-        return plain
-    product = torch.bmm(x.flatten(1, 2), linear.weight)
-    rows: Tensor = _Gated.apply(features.flatten(1, 2), product, linear.bias)  # type: ignore[no-untyped-call]
-    return rows.view_as(features)
-
-
-class _Gated(torch.autograd.Function):
-    """ReLU(f (product + b)) of rows (C, R, d) in one compiled pass; ``product`` is used up."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, product: Tensor, bias: Tensor) -> Tensor:
-        f, out = features.contiguous(), torch.empty_like(product)
-        gate(*(t.detach().flatten(0, 1).numpy() for t in (product, bias, f, out)))
-        ctx.save_for_backward(product, f)
-        ctx.groups = len(bias)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        pre, f = ctx.saved_tensors
-        of_pre, of_f = torch.empty_like(pre), torch.empty_like(f)
-        g_bias = pre.new_zeros(ctx.groups, 1, pre.shape[-1])
-        arrays = (gradient.contiguous(), pre, f, of_pre, of_f, g_bias)
-        gate_backward(*(t.flatten(0, 1).numpy() for t in arrays))
-        return of_f, of_pre, g_bias
-
-
-def short_softmax(z: Tensor) -> Tensor:
-    """Softmax over the last axis, for one of a few entries."""
-    if not compiled(z):
-        return torch.softmax(z, -1)
-    p: Tensor = _ShortSoftmax.apply(z)  # type: ignore[no-untyped-call]
-    return p
-
-
-class _ShortSoftmax(torch.autograd.Function):
-    """`short_softmax`, compiled but for the exponential."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        z, p = z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
-        less_largest(z.flatten(0, -2).numpy(), p.flatten(0, -2).numpy())
-        p.exp_()
-        normalise(p.flatten(0, -2).numpy())
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
-        of_z = torch.empty_like(p)
-        softmax_backward(*(t.flatten(0, -2).numpy() for t in (gradient.contiguous(), p, of_z)))
-        return of_z
 
 
 class Scratch:

@@ -23,10 +23,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from algorithms.kernels import (
-    below_largest,
     choose,
     encode,
     encode_backward,
+    less_destination_maximum,
     products_on_one_thread,
     run_modules,
     run_modules_backward,
@@ -213,7 +213,7 @@ class _Route:
         powers = z.new_empty(0, 0, 0)
         if asks or not self.rescale:
             powers = torch.empty_like(z)
-            below_largest(z.numpy(), powers.numpy())
+            less_destination_maximum(z.numpy(), powers.numpy())
             powers.exp_()
         self.powers = powers.numpy()
         shape = (modules, copies * rows, k)

@@ -97,8 +97,8 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
         lambda d: [normal(2, d), normal(2, d), normal(2, d), zeros(2, d), zeros(2, d),
                    normal(1, d)],
     ),
-    "less_largest": (kernels.less_largest, lambda d: [normal(2, d), zeros(2, d)]),
-    "normalise": (kernels.normalise, lambda d: [np.abs(normal(2, d))]),
+    "less_row_maximum": (kernels.less_row_maximum, lambda d: [normal(2, d), zeros(2, d)]),
+    "divide_by_sum": (kernels.divide_by_sum, lambda d: [np.abs(normal(2, d))]),
     "softmax_backward": (
         kernels.softmax_backward, lambda d: [normal(2, d), np.abs(normal(2, d)), zeros(2, d)],
     ),
