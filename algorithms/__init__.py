@@ -60,7 +60,9 @@ def load(name: str) -> type[Agent]:
     module, _, attribute = table()[name].partition(":")
     try:
         agent: type[Agent] = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        if name in _BUILT_IN:
+            raise
         raise ValueError(
             f"algorithm {name!r} is registered as {table()[name]} by an installed package, but "
             f"cannot be loaded: {type(error).__name__}: {error}"

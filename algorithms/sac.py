@@ -99,7 +99,7 @@ class SACConfig(AgentConfig):
 
     @model_validator(mode="after")
     def _balance_is_on(self) -> Self:
-        if self.reward_balance is None:
+        if self.reward_balance is None and self.reward_balance_every is not None:
             self._unused("reward_balance_every", because="reward_balance is none")
         return self
 

@@ -39,7 +39,8 @@ class SingleTaskSACConfig(SACConfig):
         because = "every task has an agent of its own"
         if self.loss_weight != "none":
             self._unused("loss_weight", because=because)
-        self._unused("extreme_loss", because=because)
+        if self.extreme_loss is not None:
+            self._unused("extreme_loss", because=because)
         return self
 
 

@@ -875,14 +875,13 @@ def speed(
     suites, presets = names(suite, "--suite"), names(preset, "--preset")
     overrides = parse_overrides(set_ or [])
     rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)
-    worlds = [
-        row
-        for name, scale in itertools.product(suites, presets)
-        if simulators
-        for row in simulator_rows(
+    worlds = simulator_rows(
+        [
             RunSpec.resolve(labels[0], name, 0, preset_name=scale, overrides=overrides)
-        )
-    ]
+            for name, scale in itertools.product(suites, presets)
+            if simulators
+        ]
+    )
     try:
         trained = [
             row

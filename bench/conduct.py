@@ -136,7 +136,7 @@ class _Aside:
 
     def __init__(self, jobs: list[Job], out: Path, trackers: list[str], budget: int) -> None:
         self._out, self._budget = out, budget
-        todo = [job.store for job in jobs if job.outcome != "skipped"]
+        todo = [job.store for job in jobs if job.outcome not in ("skipped", "failed")]
         self._follower: Follower | None = Follower(todo, out, trackers) if trackers else None
         self._next = time.monotonic() + self.SECONDS
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,20 +242,21 @@ def _header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
 
 def run_row(store: RunStore, name: str) -> dict[str, Any]:
     """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
+    seconds = _last_total(store)
     try:
-        return _run_row(store, name)
+        return _run_row(store, name, seconds)
     except (KeyError, TypeError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise StoreError(f"{store.path / 'spec.json'} is damaged: {wrong}") from None
 
 
-def _run_row(store: RunStore, name: str) -> dict[str, Any]:
+def _run_row(store: RunStore, name: str, seconds: float | None) -> dict[str, Any]:
     content, status = _description(store), state_of(store)
     spec = content.get("spec", content)
     environment = content.get("environment", {})
     stretches = [environment, *environment.get("resumed", [])]
     protocol = spec.get("protocol", {})
-    parameters, seconds = status.get("parameters", {}), _last_total(store)
+    parameters = status.get("parameters", {})
     flat: dict[str, Any] = {
         "run": name,
         "id": spec.get("id", ""),
@@ -341,7 +343,8 @@ def _each(stretches: list[dict[str, Any]]) -> dict[str, Any]:
 
 def then(values: list[Any]) -> Any:
     """The value that all are, or "a, then b"."""
-    return values[0] if len(set(values)) == 1 else ", then ".join(map(str, values))
+    changes = [value for value, _ in groupby(values)]
+    return changes[0] if len(changes) == 1 else ", then ".join(str(v or "unknown") for v in changes)
 
 
 def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | None) -> float | None:
@@ -356,6 +359,8 @@ def _last_total(store: RunStore) -> float | None:
     timing = _read(store.path / "timing.csv")
     if timing is None:
         return None
+    if not {"section", "seconds"} <= set(timing):
+        raise StoreError(f"{store.path / 'timing.csv'} cannot be read: it has other columns")
     totals = timing.loc[timing["section"] == "total", "seconds"]
     return float(totals.iloc[-1]) if len(totals) else None
 

@@ -8,12 +8,14 @@ whether it may be trained are questions for its directory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,6 +31,8 @@ from suites.base import unknown
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where this package is imported from."""
+INSTALLED = str(ROOT) in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+"""Whether that is among the installed packages, which every process finds."""
 POLL_SECONDS = 0.2
 REMOTE_WAIT_SECONDS = 120.0
 """How long a run started again elsewhere waits for its orphan, which ends with its episode."""
@@ -52,8 +56,9 @@ class Order(NamedTuple):
         if gpu is not None:
             limits["CUDA_VISIBLE_DEVICES"] = gpu
         # -P and the path: the code that runs here, not what the working directory has by its name.
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        limits["PYTHONPATH"] = os.pathsep.join(paths)
+        if not INSTALLED:
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            limits["PYTHONPATH"] = os.pathsep.join(paths)
         command = [sys.executable, "-P", "-m", "bench.train", str(self.run), *self.options]
         with (self.run / "log.txt").open("ab") as log:
             return subprocess.Popen(
@@ -227,13 +232,22 @@ def _carry_out(order: Remote) -> int:
     return order()
 
 
+def _ask_again(store: RunStore) -> None:
+    """Ask a run elsewhere to stop: one that only just starts takes no notice of a request before
+    it, and the disk may have no room for one."""
+    with contextlib.suppress(OSError):
+        store.ask_to_stop()
+
+
 class _RayTask:
     def __init__(self, ray: Any, task: Any, store: RunStore) -> None:
-        self._ray, self._task, self._store = ray, task, store
+        self._ray, self._task, self._store, self._stopped = ray, task, store, False
 
     def poll(self) -> Exit | None:
         ready, _ = self._ray.wait([self._task], timeout=0)
         if not ready:
+            if self._stopped:
+                _ask_again(self._store)
             return None
         try:
             return Exit(self._ray.get(self._task))
@@ -244,7 +258,8 @@ class _RayTask:
             return Exit(EXIT_FAILED, f"Ray: {type(error).__name__}: {first}")
 
     def stop(self) -> None:
-        self._store.ask_to_stop()  # Ray's cancelling does not reach a task that is under way
+        self._stopped = True
+        _ask_again(self._store)  # Ray's cancelling does not reach a task that is under way
         self._ray.cancel(self._task, force=False)
 
 
@@ -320,6 +335,8 @@ class _Job:
 
     def poll(self) -> Exit | None:
         if not self.job.done():
+            if self._stopped:
+                _ask_again(self._store)
             return None
         try:
             return Exit(self.job.result())
@@ -331,11 +348,11 @@ class _Job:
 
     def stop(self) -> None:
         # Cancelling leaves a job half a minute, an episode at the papers' scale takes longer.
-        if self._stopped or self.job.state != "RUNNING":
+        again, self._stopped = self._stopped, True
+        if again or self.job.state != "RUNNING":
             self.job.cancel()
         else:
-            self._store.ask_to_stop()
-        self._stopped = True
+            _ask_again(self._store)
 
 
 # ---------------------------------------------------------------------------------------- by name

@@ -29,6 +29,8 @@ from typing import Any
 
 LEASE_SECONDS = 60.0
 """A lease whose counter stands still for this long has expired."""
+EMPTY_SECONDS = 2.0
+"""So has an empty one after this long: its holder died, or found no room, as it took it."""
 POLL_SECONDS = 0.2
 
 
@@ -71,10 +73,12 @@ class Lease:
         """
         found = newest(folder)
         generation, record = found or (0, {"released": True})
-        # An empty record is left by a process that died, or found no room, as it took the lease.
-        dead = locked and record.get("machine", machine()) == machine()
+        dead = locked and record.get("machine") == machine()
         if not (record.get("released") or dead):
-            _watch(_path(folder, generation), expires, str(record.get("machine", "another one")))
+            path = _path(folder, generation)
+            if locked and expires is not None and not _bytes(path):
+                expires = min(expires, EMPTY_SECONDS)
+            _watch(path, expires, str(record.get("machine", "another one")))
         lease = cls(_path(folder, generation + 1), generation + 1)
         try:
             with lease.path.open("x", encoding="utf-8") as file:

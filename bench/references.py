@@ -83,11 +83,14 @@ def ensure(specs: Sequence[RunSpec], out: Path, environment: dict[str, Any]) -> 
     """Measure the references of ``specs`` that ``out`` lacks; returns what went wrong."""
     problems = []
     for spec in references(specs):
-        if RunStore(out / spec.directory).done:
+        store = RunStore(out / spec.directory)
+        if store.done:
             continue
         try:
-            store = RunStore.create(out, spec, environment)
-            with store.locked():
+            with store.locked():  # whatever was begun before is measured anew
+                (store.path / "spec.json").unlink(missing_ok=True)
+                (store.path / "metrics.csv").unlink(missing_ok=True)
+                RunStore.create(out, spec, environment)
                 measure(spec, store)
         except (RuntimeError, OSError) as error:  # of the store, or the simulator's
             problems.append(f"{spec.suite} {spec.label}: {error}")

@@ -314,13 +314,12 @@ def _training(
     steps: int,
     workers: int,
 ) -> dict[str, Any]:
-    length_fields = ("steps_per_task", "eval_every", "final_episodes")
-    overrides = {k: v for k, v in overrides.items() if k.rpartition(".")[2] not in length_fields}
     p = resolve(overrides=overrides).protocol
     unit = p.episode_steps
     warmup, length = (max(1, -(-count // unit)) * unit for count in (p.warmup_steps, steps))
     once = {"steps_per_task": warmup + length, "eval_every": warmup + length, "final_episodes": 1}
-    spec = resolve(overrides=overrides | once)
+    kept = {key: value for key, value in overrides.items() if key.rpartition(".")[2] not in once}
+    spec = resolve(overrides=kept | once)
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
         store = RunStore.create(Path(folder), spec, machine.environment(device, threads))
         # Without a pause between checkpoints it records times at each episode's end.
@@ -343,13 +342,18 @@ def _training(
     }
 
 
-def simulator_rows(spec: RunSpec, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Environment steps/s of our vector environment and of public ones of the same tasks, in the
-    suite of ``spec``.
+def simulator_rows(specs: Sequence[RunSpec], rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Environment steps/s of our vector environment and of public ones of the same tasks, once for
+    each world of ``specs``.
 
     Each steps an episode's length with random actions, resets included, in turns, ``rounds`` times;
     ``ratio``: to the slowest.
     """
+    worlds = {_world(spec): spec for spec in specs}
+    return [row for spec in worlds.values() for row in _simulators(spec, rounds)]
+
+
+def _simulators(spec: RunSpec, rounds: int) -> list[dict[str, Any]]:
     world, suite = spec.make_suite(), spec.suite
     horizon, tasks = world.spec.horizon, world.spec.num_tasks
     with contextlib.ExitStack() as stack:
@@ -372,6 +376,7 @@ def simulator_rows(spec: RunSpec, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     return [
         {
             "suite": suite,
+            "horizon": horizon,
             "simulator": name,
             "steps_per_second": tasks * horizon / value,
             "ratio": slowest / value,

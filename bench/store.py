@@ -121,16 +121,16 @@ class RunStore:
         write_atomically(store.path / "spec.json", _json(content))
         return store
 
-    def record_environment(self, environment: dict[str, Any]) -> None:
-        """Note by what the run is trained: commit, versions, hardware, numerics.
+    def record_environment(self, environment: dict[str, Any], *, resumed: bool) -> None:
+        """Note by what the run is trained from now on: commit, versions, hardware, numerics.
 
-        They need not be those under which it was prepared, perhaps days ago or elsewhere. A run
-        that has a checkpoint began under what is known; ``resumed`` lists, oldest first, the
-        commits, versions and hardware that it went on under, where they are others."""
+        They need not be those under which it was prepared, perhaps days ago or elsewhere. What is
+        ``resumed`` began under what is known; the list of that name in its environment has, oldest
+        first, the commits, versions and hardware that it went on under, where they are others."""
         content = self.description()
         known = content.get("environment", {})
         facts = {key: environment.get(key) for key in RESUMED}
-        if not self.checkpoint_files():
+        if not resumed:
             asked = {key: known[key] for key in ("command",) if key in known}
             content["environment"] = environment | asked
         elif facts != {key: [known, *known.get("resumed", [])][-1].get(key) for key in RESUMED}:

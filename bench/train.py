@@ -104,7 +104,6 @@ def train(
     with store.locked(expires=lease_seconds, wait=wait_seconds):
         if store.done:
             return
-        store.record_environment(machine.environment(device, torch.get_num_threads()))
         before = store.status()
         known: dict[str, Any] = {"step": 0, "steps": spec.protocol.steps_per_task}
         known |= {key: before[key] for key in ("step", "other_numerics") if key in before}
@@ -119,7 +118,9 @@ def train(
             store.write_status(state, time=time.time(), **known, **facts)
 
         try:
-            if changed := other_numerics(store, device, allow_other_numerics):
+            if store.checkpoint_files() and (
+                changed := other_numerics(store, device, allow_other_numerics)
+            ):
                 known["other_numerics"] = changed
             heartbeat(known["step"], {})
             make = partial(spec.make_suite().make, seed=spec.seed, workers=workers)
@@ -163,6 +164,8 @@ def run_loop(
     meters = Meters(names)
 
     checkpoint = store.resume()
+    environment = machine.environment(device, torch.get_num_threads())
+    store.record_environment(environment, resumed=checkpoint is not None)
     replay = ReplayBuffer(
         store.replay_path, suite.spec, agent.extras_spec, capacity=replay_capacity(spec),
         slack=replay_slack(spec), seed=stream(spec.seed, "replay"), device=agent.device,

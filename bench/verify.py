@@ -79,7 +79,8 @@ def _rows_until(store: RunStore, steps: int) -> list[str]:
     """The lines of metrics.csv up to a step, header included. Raises StoreError if damaged."""
     path = store.path / "metrics.csv"
     try:
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        # A last line that does not end was being written when its process was.
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
         return lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= steps]
     except (OSError, ValueError):
         raise StoreError(f"{path} is damaged; bench doctor {store.path} says where") from None

@@ -643,7 +643,7 @@ WORLD = tuple(f"protocol.{name}" for name in ("goals", "reward_version", "horizo
 
 def _references(results: Results, runs: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
     """Success rates (policy, task) of the reference policies in the worlds of ``runs``."""
-    known = [column for column in WORLD if column in runs]
+    known = [column for column in WORLD if column in runs and runs[column].notna().any()]
     wanted = runs[["suite", *known]].drop_duplicates()
     of_policies = results.runs[results.runs["algorithm"].isin(REFERENCES)]
     mine = of_policies.merge(wanted, on=["suite", *known])["run"]

@@ -84,7 +84,7 @@ def load(
     module, _, function = target.partition(":")
     try:
         make = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         if prefix in _LOADERS:
             raise
         raise ValueError(

@@ -51,6 +51,7 @@ WITHOUT_EFFECT = [
     ("mt_sac", {"reward_balance": None, "reward_balance_every": 50}),
     ("sac", {"loss_weight": "alpha"}),
     ("sac", {"extreme_loss": 10.0}),
+    ("d2r@printed", {"resrouting": False}),
     ("mega@softmax", {"offset": 0.5}),
 ]
 
@@ -62,6 +63,11 @@ def test_a_setting_without_effect_is_refused(
     with pytest.raises(SpecError, match="has no effect: "):
         toy_spec(label, **values)
     toy_spec(label)
+
+
+@pytest.mark.parametrize("label", ["sac", "mt_sac", "mt_sac@ars"])
+def test_what_is_off_may_be_said_to_be_off(label: str, toy_spec: ToySpec) -> None:
+    toy_spec(label, extreme_loss=None, loss_weight="none", reward_balance=None)
 
 
 def make_agent(spec: RunSpec, seed: int = 0) -> Agent:

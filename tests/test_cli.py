@@ -313,6 +313,7 @@ def test_the_doctor_judges_a_run(finished: Path) -> None:
 def test_speed_sets_algorithms_side_by_side() -> None:
     done = bench("speed", "--suite", "toy", "--algos", "mt_sac,mega@fixed8", "--preset", "smoke",
                  "--set", "batch_per_task=20", "--set", "updates_per_step=3", "--seconds", "0.5",
+                 "--set", "horizon=150", "--set", "eval_every=900", "--set", "steps_per_task=3000",
                  "--simulators", "--train", "400", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -334,6 +335,7 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     actor = 4 * (first_layer + hidden) - first_layer
     assert first["gflop"] == pytest.approx(2e-9 * 60 * (critic + actor))
     assert report["simulators"][0]["steps_per_second"] > 0
+    assert {row["horizon"] for row in report["simulators"]} == {150}
     for row in report["training"]:
         assert sum(row[part] for part in ("update", "simulator", "act", "rest")) == pytest.approx(1)
         assert all(row[part] > 0 for part in ("update", "simulator", "act", "rest"))

@@ -17,6 +17,7 @@ import typer
 from test_cli import bench
 
 import algorithms
+from bench import speed
 from bench.cli import app
 from bench.launch import launcher_options
 from bench.spec import parse_overrides, parse_seeds
@@ -104,7 +105,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "site" / "algorithms" / "index.html").exists()
 
 
-def test_the_benchmark_page_shows_what_was_measured() -> None:
+def test_the_benchmark_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / "docs" / "benchmarks" / "measure.py"
     spec = importlib.util.spec_from_file_location("measure", path)
     assert spec is not None
@@ -116,6 +117,10 @@ def test_the_benchmark_page_shows_what_was_measured() -> None:
     assert measure.with_tables(page, found) == page
     assert {row["algorithm"] for row in found["paper"]["rows"]} >= set(algorithms.names())
     assert all(panel.get_xlabel() for panel in measure.drawn(found).axes)
+    timed: list[str] = []
+    monkeypatch.setattr(speed, "_simulators", lambda spec, _: timed.append(spec.suite) or [])
+    assert measure.PARTS["simulators"]() == []
+    assert timed == ["mt10_rand"]
 
 
 @pytest.mark.slow

@@ -362,4 +362,4 @@ def test_a_heartbeat_comes_while_the_simulator_is_slow(
     train(store.spec(), store, alive=lambda: beats.append(time.monotonic()))
     gaps = np.diff(beats)
     assert len(beats) > 20
-    assert gaps.max() < 1.0
+    assert gaps.max() < 5.0

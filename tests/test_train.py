@@ -524,10 +524,12 @@ def test_other_numerics_are_refused_unless_allowed(
         with pytest.raises(Interrupted):
             train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
     recorded = (store.path / "metrics.csv").read_bytes()
+    described = (store.path / "spec.json").read_bytes()
     with pytest.raises(StoreError, match=r"other numerics \(threads 4 -> 1\).*--allow-other-num"):
         train(store.spec(), store)
     assert "threads 4 -> 1" in failed(store)
     assert (store.path / "metrics.csv").read_bytes() == recorded
+    assert (store.path / "spec.json").read_bytes() == described  # it trained nothing
 
     with pytest.warns(RuntimeWarning, match="threads 4 -> 1"), pytest.raises(Interrupted):
         train(store.spec(), store, allow_other_numerics=True, stop=lambda: True)
@@ -550,7 +552,9 @@ def test_a_run_tells_what_trained_it_not_what_prepared_it(
         with pytest.raises(Interrupted):
             train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
     train(store.spec(), store)
-    assert run_row(store, "run")["git_commit"] == f"{'a' * 40}, then {'b' * 40}, then {'c' * 40}"
+    row = run_row(store, "run")
+    assert row["git_commit"] == f"{'a' * 40}, then {'b' * 40}, then {'c' * 40}"
+    assert row["hardware.system"] == machine.hardware("cpu")["system"]  # the same all the time
     environment_ = store.description()["environment"]
     assert (environment_["git_commit"], environment_["command"]) == ("a" * 40, prepared)
     assert not store.damaged()

@@ -121,7 +121,7 @@ PARTS: dict[str, Callable[[], Rows]] = {
     "paper_all": lambda: speed(EVERY, ["mt10_rand"], "paper", threads=[ALL]),
     "training": training,
     "delay": delay,
-    "simulators": lambda: simulator_rows("mt10_rand"),
+    "simulators": lambda: simulator_rows([RunSpec.resolve("mt_sac", "mt10_rand", 0)]),
     "stages": lambda: speed(STAGES, ["mt10_rand"], "paper"),
     "mixed": mixed,
     "tasks": lambda: speed(SCALED, [f"toy{count}" for count in TASKS], "cpu"),
