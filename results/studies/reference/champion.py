@@ -79,12 +79,14 @@ def main() -> None:
     """Measure runs of plain MEGA that are not in the table yet, and print it."""
     torch.set_num_threads(1)
     path = HERE / "champion.csv"
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"seed": []})
+    tables = [pd.read_csv(path)] if path.exists() else []
+    known = {seed for table in tables for seed in table["seed"]}
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     for store in find(out, "mt10_rand/mega/"):
-        if store.done and store.checkpoint_files() and store.spec().seed not in set(table["seed"]):
-            table = pd.concat([table, measured(store)], ignore_index=True)
-            table.astype({"seed": int}).to_csv(path, index=False)
+        if store.done and store.checkpoint_files() and store.spec().seed not in known:
+            tables.append(measured(store))
+            pd.concat(tables).to_csv(path, index=False)
+    table = pd.concat(tables)
     rate = table.assign(success=table["successes"] / table["episodes"])
     by_seed = rate.pivot_table("success", "seed", ["genotype", "actions"])
     print(by_seed.round(2).to_string())
