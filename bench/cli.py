@@ -192,7 +192,7 @@ def run(
         sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
         disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
-    conduct(expand(requests, mistakes), how, dry_run=dry_run, of_papers=_suites_of_papers())
+    conduct(expand(requests, mistakes), how, dry_run=dry_run, of_papers=_suites_of_papers)
 
 
 @app.command()
@@ -252,7 +252,7 @@ def ablate(
         sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
         disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
-    conduct(expand(requests), how, dry_run=dry_run, of_papers=_suites_of_papers())
+    conduct(expand(requests), how, dry_run=dry_run, of_papers=_suites_of_papers)
 
 
 def _overrides(set_: list[str] | None, steps: int | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,9 @@ class How(NamedTuple):
         return options + ["--allow-other-numerics"] * self.allow_other_numerics
 
 
-def conduct(specs: list[RunSpec], how: How, *, dry_run: bool, of_papers: Collection[str]) -> None:
+def conduct(
+    specs: list[RunSpec], how: How, *, dry_run: bool, of_papers: Callable[[], set[str]]
+) -> None:
     """Plan, train with progress, and end with what the runs brought."""
     launch.launcher_options(how.launcher, how.launcher_set)
     if not (how.hang_seconds == 0 or how.hang_seconds >= 1):
@@ -208,7 +210,7 @@ def _print_plan(
     workers: int,
     out: Path,
     meter: Meter,
-    of_papers: Collection[str],
+    of_papers: Callable[[], set[str]],
 ) -> None:
     todo = [job for job in jobs if job.outcome == "pending"]
     for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
@@ -271,12 +273,13 @@ PAPER_EXAMPLES = 3
 """Of these the plan tells the hours at the papers' scale: measuring many takes minutes."""
 
 
-def _paper_hours(jobs: list[Job], meter: Meter, of_papers: Collection[str]) -> str:
+def _paper_hours(jobs: list[Job], meter: Meter, of_papers: Callable[[], set[str]]) -> str:
     """Hours of one run at the papers' scale, from a moment's measurement, of the first few
     algorithms and suites; empty for suites that are not the papers'."""
     hours = []
     pairs = dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs)
-    for name, suite in [pair for pair in pairs if pair[1] in of_papers][:PAPER_EXAMPLES]:
+    known = of_papers()
+    for name, suite in [pair for pair in pairs if pair[1] in known][:PAPER_EXAMPLES]:
         spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
         seconds = meter.cost(spec, 1, budget=0.2).seconds
         hours.append(f"{name} on {suite} {seconds / 3600:,.0f} h")

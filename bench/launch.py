@@ -232,7 +232,7 @@ def _carry_out(order: Remote) -> int:
     return order()
 
 
-def _ask_again(store: RunStore) -> None:
+def _ask_to_stop(store: RunStore) -> None:
     """Ask a run elsewhere to stop: one that only just starts takes no notice of a request before
     it, and the disk may have no room for one."""
     with contextlib.suppress(OSError):
@@ -247,7 +247,7 @@ class _RayTask:
         ready, _ = self._ray.wait([self._task], timeout=0)
         if not ready:
             if self._stopped:
-                _ask_again(self._store)
+                _ask_to_stop(self._store)
             return None
         try:
             return Exit(self._ray.get(self._task))
@@ -259,7 +259,7 @@ class _RayTask:
 
     def stop(self) -> None:
         self._stopped = True
-        _ask_again(self._store)  # Ray's cancelling does not reach a task that is under way
+        _ask_to_stop(self._store)  # Ray's cancelling does not reach a task that is under way
         self._ray.cancel(self._task, force=False)
 
 
@@ -336,7 +336,7 @@ class _Job:
     def poll(self) -> Exit | None:
         if not self.job.done():
             if self._stopped:
-                _ask_again(self._store)
+                _ask_to_stop(self._store)
             return None
         try:
             return Exit(self.job.result())
@@ -352,7 +352,7 @@ class _Job:
         if again or self.job.state != "RUNNING":
             self.job.cancel()
         else:
-            _ask_again(self._store)
+            _ask_to_stop(self._store)
 
 
 # ---------------------------------------------------------------------------------------- by name

@@ -129,16 +129,18 @@ class RunStore:
         first, the commits, versions and hardware that it went on under, where they are others."""
         content = self.description()
         known = content.get("environment", {})
-        facts = {key: environment.get(key) for key in RESUMED}
+        stretches = known.get("resumed", [])
+        facts, last = (
+            {key: of.get(key) for key in RESUMED} for of in (environment, [known, *stretches][-1])
+        )
+        now = known
         if not resumed:
-            asked = {key: known[key] for key in ("command",) if key in known}
-            content["environment"] = environment | asked
-        elif facts != {key: [known, *known.get("resumed", [])][-1].get(key) for key in RESUMED}:
-            known["resumed"] = [*known.get("resumed", []), facts]
-        if content == self.description():
-            return
-        self._still_mine()
-        write_atomically(self.path / "spec.json", _json(content))
+            now = environment | {key: known[key] for key in ("command",) if key in known}
+        elif facts != last:
+            now = known | {"resumed": [*stretches, facts]}
+        if now != known:
+            self._still_mine()
+            write_atomically(self.path / "spec.json", _json(content | {"environment": now}))
 
     def description(self) -> dict[str, Any]:
         """The content of spec.json. Raises StoreError if it is missing or damaged."""
@@ -545,14 +547,21 @@ def find(out: Path, pattern: str = "") -> list[RunStore]:
 
 def _run_paths(out: Path) -> Iterator[Path]:
     """Folders of runs, be they damaged, also behind links: a part of a sweep on another disk."""
+    for folder, folders, files in walk(out):
+        if {"spec.json", "status.json"} & {*files, *folders}:
+            yield Path(folder)
+            folders.clear()
+
+
+def walk(out: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, also behind links, each folder once however many lead to it."""
     seen = set()
     for folder, folders, files in os.walk(out, followlinks=True):
-        real, run = os.path.realpath(folder), {"spec.json", "status.json"} & {*files, *folders}
-        if run and real not in seen:
-            yield Path(folder)
-        if run or real in seen:
+        if (real := os.path.realpath(folder)) in seen:
             folders.clear()
+            continue
         seen.add(real)
+        yield folder, folders, files
 
 
 def open_run(out: Path, run: str) -> RunStore:

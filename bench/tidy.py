@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.store import RunStore, find
+from bench.store import RunStore, find, walk
 
 
 class Removal(NamedTuple):
@@ -51,12 +50,8 @@ def remove(removals: Iterable[Removal]) -> int:
 
 def used(out: Path) -> int:
     """Bytes of all files below ``out``, through links as runs are found."""
-    total, seen = 0, set()
-    for folder, folders, names in os.walk(out, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
+    total = 0
+    for folder, _, names in walk(out):
         for name in names:
             with suppress(FileNotFoundError):  # a run has just replaced it
                 total += (Path(folder) / name).stat().st_size
