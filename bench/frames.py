@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from algorithms.agent import Finding, History
-from bench.spec import title
+from bench.spec import preset, preset_names, title
 from bench.store import RunStore, StoreError, find
 from bench.sweep import ablations
 
@@ -264,6 +264,7 @@ def _run_row(store: RunStore, name: str, seconds: float | None) -> dict[str, Any
         "algorithm": title(spec.get("label", spec["algorithm"]), spec.get("changed", {})),
         "seed": spec["seed"],
         "preset": spec.get("preset", "unknown"),
+        "full_scale": _full_scale(spec),
         "schema": content.get("schema"),
         "state": status["state"],
         "step": status.get("step", 0),
@@ -291,6 +292,14 @@ def _run_row(store: RunStore, name: str, seconds: float | None) -> dict[str, Any
     for group, values in groups.items():
         flat |= {f"{group}.{key}": value for key, value in values.items()}
     return flat
+
+
+def _full_scale(spec: dict[str, Any]) -> bool:
+    """Whether the protocol is that of a paper, with nothing of it changed."""
+    changed = {key for key, source in spec.get("sources", {}).items() if source == "user"}
+    name = spec.get("preset", "")
+    known = name in preset_names() and preset(name).full_scale
+    return known and changed.isdisjoint(spec.get("protocol", {}))
 
 
 def _description(store: RunStore) -> dict[str, Any]:

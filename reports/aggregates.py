@@ -35,15 +35,20 @@ def aggregates(section: Section) -> Drawing:
     labels = _scored(section)
     styles = section_looks(section)
     longest = max(map(len, labels))
+    shown = [item for item in stats.AGGREGATES.items() if section.graded or item[0] != "IQM"]
     made = new_figure(height=1.15 + (0.27 + 0.12 * (longest > 30)) * len(labels))
-    cells = made.subplots(1, len(stats.AGGREGATES), sharey=True)
+    cells = made.subplots(1, len(shown), sharey=True)
     rows = []
-    for axes, (name, statistic) in zip(cells, stats.AGGREGATES.items(), strict=True):
+    for axes, (name, statistic) in zip(cells, shown, strict=True):
         for place, label in enumerate(labels):
             scores, look = section.scores(label).to_numpy(), styles[label]
-            estimate = stats.stratified_interval(
-                scores, statistic, generator("aggregate", name, section.title, label)
-            )
+            if name == "Mean":
+                mean, low, high = stats.mean_interval(scores.mean(axis=1))
+                estimate = stats.Estimate(float(mean), float(low), float(high))
+            else:
+                estimate = stats.stratified_interval(
+                    scores, statistic, generator("aggregate", name, section.title, label)
+                )
             if estimate.has_interval:
                 width = estimate.high - estimate.low
                 axes.barh(
@@ -70,10 +75,11 @@ def aggregates(section: Section) -> Drawing:
         title="Aggregate success",
         figure=made,
         caption=section.caption(
-            "Final success: median over tasks of the mean over seeds, interquartile mean over "
-            "seeds × tasks, mean (lines), 95 % stratified bootstrap intervals from "
-            f"{stats.MIN_SEEDS} seeds on (bars), seeds drawn within each task; points: the mean of "
-            "each seed.",
+            "Final success (lines): median over tasks of the mean over seeds"
+            f"{', interquartile mean over seeds × tasks' if section.graded else ''}, mean. Bars, "
+            f"from {stats.MIN_SEEDS} seeds on: 95 % t interval of the mean over seeds; of the "
+            f"others the stratified bootstrap's, {stats.TOO_NARROW}. Points: the mean of each "
+            "seed.",
             labels,
         ),
         data=pd.DataFrame(rows),
@@ -118,7 +124,7 @@ def performance_profile(section: Section) -> Drawing:
         caption=section.caption(
             "Share of the finished runs × tasks whose final success rate exceeds τ; higher is "
             "better. Band: pointwise 95 % stratified bootstrap interval (1,000 replicates), from "
-            f"{stats.MIN_SEEDS} seeds on.",
+            f"{stats.MIN_SEEDS} seeds on, {stats.TOO_NARROW}.",
             labels,
         ),
         data=pd.concat(frames, ignore_index=True),

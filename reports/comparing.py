@@ -85,7 +85,7 @@ def comparisons(section: Section, reference: str | None = None) -> list[Comparis
         rng = generator("comparison", section.title, ours, theirs)
         judged.append(
             (
-                stats.difference(a.mean(axis=1), b.mean(axis=1), rng),
+                stats.difference(a.mean(axis=1), b.mean(axis=1)),
                 stats.probability_of_improvement(a.to_numpy(), b.to_numpy(), rng),
                 (len(a), len(b)),
             )
@@ -162,12 +162,11 @@ def _comparison_data(section: Section, compared: Sequence[Comparison]) -> pd.Dat
 
 
 _JUDGED = (
-    "Difference of the mean final success rates with its own 95 % interval: Welch's t on seed "
-    f"means below {stats.WELCH_BELOW} seeds, percentile bootstrap from there on, none below "
-    f"{stats.MIN_SEEDS}. p values are Holm-adjusted over the rows of this table, and the verdict "
-    "follows them. P: probability that a random seed of the first is better on a random task "
-    "(ties half); its bootstrap draws seeds within each task, so it does not widen where a whole "
-    "seed is lucky."
+    "Difference of the mean final success rates with its own 95 % interval, Welch's t on seed "
+    f"means, none below {stats.MIN_SEEDS} seeds. p values are Holm-adjusted over the rows of this "
+    "table, and the verdict follows them. P: probability that a random seed of the first is "
+    "better on a random task (ties half); its bootstrap draws seeds within each task, so it does "
+    "not widen where a whole seed is lucky."
 )
 
 

@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from reports.frames import REFERENCES, Ablation, MissingError, ProbedRun, Section, base_name
+from reports.frames import Ablation, MissingError, ProbedRun, Section, base_name
 from reports.registry import Registry, Source
 
 WIDTH = 7.1
@@ -232,8 +232,7 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
 
 def section_looks(section: Section) -> dict[str, Look]:
     """The looks of every label of the report, so that sections agree."""
-    names = set(section.results.runs["algorithm"]) | set(section.labels)
-    return looks(names - set(REFERENCES))
+    return looks(section.everywhere)
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
@@ -459,12 +458,16 @@ def steps_axis(axes: Axes, label: str = STEPS, ticks: int = 6) -> None:
 def legend(made: Figure, handles: Sequence[Any], xlabel: str = "", size: float = 7.5) -> None:
     """A legend below everything, and between it and the panels their common label.
 
-    As many columns as the longest label leaves room for, at most six.
+    As many columns as the longest label leaves room for, at most six; more than three rows make the
+    figure higher.
     """
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     width, height = (float(inches) for inches in made.get_size_inches())
     columns = max(1, min(6, len(handles), int(width / (0.008 * size * longest + 0.55))))
-    below = 0.06 + 0.0215 * size * -(-len(handles) // columns)
+    row = 0.0215 * size
+    below = 0.06 + row * -(-len(handles) // columns)
+    height += max(0.0, below - 0.06 - 3 * row)
+    made.set_size_inches(width, height)
     bottom = (below + (0.18 if xlabel else 0)) / height
     engine = made.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):

@@ -305,10 +305,12 @@ def weight_intervals(section: Section) -> Drawing:
     if not runs:
         raise MissingError("no run has recorded weight intervals (only MEGA has them)")
     # The table has a row for each level reached so far, so it grows with the stages.
-    tables = [a["weight_intervals"] for run in runs for _, a in run.snapshots]
-    table = max(tables, key=len)
-    precisions = [int(a["precision"]) for _, a in runs[0].snapshots if "precision" in a]
-    bits = f"{precisions[-1]} bits per weight" if precisions else "precision not recorded"
+    of_first = [a for run in runs if run.label == runs[0].label for _, a in run.snapshots]
+    longest = max(
+        (a for a in of_first if "weight_intervals" in a), key=lambda a: len(a["weight_intervals"])
+    )
+    table, precision = longest["weight_intervals"], longest.get("precision")
+    bits = "precision not recorded" if precision is None else f"{int(precision)} bits per weight"
     made = new_figure(2.5)
     pair = made.subplots(1, 2, sharey=True)
     for axes, column, name, colour in zip(
@@ -327,8 +329,9 @@ def weight_intervals(section: Section) -> Drawing:
     return Drawing(
         title="Interval of module weights",
         figure=made,
-        caption=f"Smallest and largest weight that a segment can express, {bits}: computed, not "
-        f"measured, so without seeds or episodes (MEGA Fig. 12). Suite {section.suite}.",
+        caption=f"Smallest and largest weight that a segment of {runs[0].label} can express, "
+        f"{bits}: computed, not measured, so without seeds or episodes (MEGA Fig. 12). Suite "
+        f"{section.suite}.",
         data=pd.DataFrame(table, columns=columns),
     )
 

@@ -20,11 +20,13 @@ import pandas as pd
 
 RUN_COLUMNS: dict[str, Any] = {
     "run": "",
+    "id": "",
     "suite": "",
     "algorithm": "",
     "seed": -1,
     "state": "pending",
     "preset": "unknown",
+    "full_scale": False,
     "step": 0,
     "steps_per_task": 0,
     "parameters_actor": np.nan,
@@ -98,12 +100,14 @@ class Results:
     runs: pd.DataFrame = field(default_factory=pd.DataFrame)
     """One row per run: see ``RUN_COLUMNS``, and ``protocol.*``, ``config.*``, ``hardware.*``,
     ``versions.*``. ``step`` and ``steps_per_task`` count environment steps of each task;
-    ``seconds`` is training wall-clock, ``command`` what trains the run again, ``origin`` the file
-    that somebody else's curves came from, ``sweep`` tells the sweeps of a comparison apart."""
+    ``full_scale``: trained and evaluated as a paper does. ``seconds`` is training wall-clock,
+    ``command`` what trains the run again, ``origin`` the file that somebody else's
+    curves came from, ``sweep`` tells the sweeps of a comparison apart. Runs of one ``id`` and seed
+    are copies."""
     metrics: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Tidy rows; those of training (kind ``train``) are gathered to few. Of ``success``, value and
     count are successes and episodes; of ``return``, the mean episode return and episodes; of
-    anything else, a mean and its samples."""
+    anything else, a mean and its samples. Without a count, ``success`` is a rate."""
     timing: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Cumulative seconds per section of the training loop."""
     health: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -129,11 +133,15 @@ class Results:
 
     def __add__(self, other: Results) -> Results:
         """Both; of runs, suites and ablations that both name, the other's."""
+
+        def both(mine: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+            return _stacked(mine[~mine["run"].isin(other.runs["run"])], theirs)
+
         return Results(
-            runs=_stacked(self.runs, other.runs),
-            metrics=_stacked(self.metrics, other.metrics),
-            timing=_stacked(self.timing, other.timing),
-            health=_stacked(self.health, other.health),
+            runs=both(self.runs, other.runs),
+            metrics=both(self.metrics, other.metrics),
+            timing=both(self.timing, other.timing),
+            health=both(self.health, other.health),
             probes=self.probes | other.probes,
             traces=self.traces | other.traces,
             tasks=self.tasks | other.tasks,
@@ -227,6 +235,16 @@ def slug(*names: str) -> str:
     return f"{plain[:90]}-{zlib.crc32(words.encode()):08x}"
 
 
+def tails(paths: Iterable[str]) -> dict[str, str]:
+    """Each path's file name, with as many folders before it as tell them all apart."""
+    parts = {path: Path(path).parts for path in paths}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        found = {path: "/".join(each[-count:]) for path, each in parts.items()}
+        if len(set(found.values())) == len(found):
+            return found
+    return {path: path for path in parts}
+
+
 def order_key(label: str) -> tuple[int, str]:
     """Sorts labels in the papers' order, variants after their algorithm."""
     base = base_name(label)
@@ -283,6 +301,8 @@ def _labels(runs: pd.DataFrame) -> list[str]:
     for _, group in runs.groupby("algorithm"):
         for name in settings:
             values = group[name].map(text)
+            if name == "origin":
+                values = values.map(tails(values))
             if len(set(values) - {""}) > 1:
                 short = name.split(".", 1)[-1]
                 marks.loc[group.index] += [f", {short}={value or '?'}" for value in values]
@@ -329,6 +349,10 @@ class Section:
     """(policies x tasks) success rate, empty where none was recorded."""
     timing: pd.DataFrame
     tasks: tuple[str, ...]
+    copies: tuple[str, ...]
+    """Runs that are copies of others, which do not count again."""
+    everywhere: frozenset[str] = frozenset()
+    """The labels of all sections of the report, which share their colours."""
     results: Results
 
     @property
@@ -413,13 +437,20 @@ class Section:
 
     @property
     def full_scale(self) -> bool:
-        """Whether this is the papers' preset at the papers' length."""
-        return self.preset == "paper" and self.steps_per_task >= (self.paper_steps or 0)
+        """Whether every run was trained and evaluated as a paper does."""
+        return bool(self.runs["full_scale"].all())
+
+    @property
+    def imported(self) -> bool:
+        """Whether all runs are somebody else's."""
+        return bool((self.runs["origin"] != "").all())
 
     @property
     def scale(self) -> str:
         """The scale in words; it stands wherever the numbers do."""
         words = f"preset {self.preset}, {self.steps_per_task:,} environment steps per task"
+        if self.imported:
+            return f"imported curves, {self.steps_per_task:,} environment steps per task"
         if self.full_scale:
             return words
         paper = f"; the papers train {self.paper_steps:,}" if self.paper_steps else ""
@@ -465,7 +496,7 @@ class Section:
 
     @cached_property
     def episodes(self) -> str:
-        """Episodes per task of the final evaluation, empty where there was none."""
+        """Episodes per task of the final evaluation, empty where there was none or nobody says."""
         counts = self._final["count"].dropna()
         if counts.empty:
             return ""
@@ -473,11 +504,29 @@ class Section:
         return str(low) if low == high else f"{low}–{high}"
 
     @property
+    def graded(self) -> bool:
+        """Whether scores are more than zeros and ones, of which an interquartile mean tells only
+        their mean."""
+        return self.episodes != "1"
+
+    @property
     def evaluated(self) -> str:
         """``episodes`` in words."""
         if not self.episodes:
-            return "none yet"
+            return "none yet" if self._final.empty else "of as many episodes as its source had"
         return f"{self.episodes} episode{'s' * (self.episodes != '1')} per task"
+
+    @cached_property
+    def rules(self) -> str:
+        """The world of the runs in words: horizon, goals and reward, where all agree."""
+        known = {
+            name: set(self.runs[f"protocol.{name}"].map(text)) - {""}
+            for name in ("horizon", "goals", "reward_version")
+            if f"protocol.{name}" in self.runs
+        }
+        words = {"horizon": "horizon {}", "goals": "goals {}", "reward_version": "reward {}"}
+        shown = [words[name].format(*found) for name, found in known.items() if len(found) == 1]
+        return ", ".join([*shown, "success at any step"] if shown else [])
 
     def scores(self, label: str) -> pd.DataFrame:
         """Final success rates of the finished runs, seeds x tasks.
@@ -491,7 +540,7 @@ class Section:
     @cached_property
     def _scores(self) -> dict[str, pd.DataFrame]:
         rows = self._final
-        frame = rows[["label", "run", "seed", "task"]].assign(rate=rows["value"] / rows["count"])
+        frame = rows[["label", "run", "seed", "task"]].assign(rate=rates(rows))
         wide = frame.pivot_table(index=["label", "seed", "run"], columns="task", values="rate")
         whole = wide.reindex(columns=list(self.tasks)).dropna()
         return {
@@ -524,27 +573,32 @@ class Section:
     def curves(self, metric: str) -> pd.DataFrame:
         """Evaluations during training and the final one: label, run, finished, step, task, value.
 
-        Their mean over tasks is the run's curve, also where nothing but a mean was recorded;
-        ``task_curves`` has those with tasks only. ``success`` comes as a rate; ``return`` as the
-        mean over the evaluation's episodes.
+        Their mean over tasks is the run's curve, also where nothing but a mean was recorded: of
+        each run the steps at which all of its tasks were evaluated. ``success`` comes as a rate;
+        ``return`` as the mean over the evaluation's episodes.
         """
-        if metric not in self._curves:
-            self._curves[metric] = self._curve_rows(metric)
-        return self._curves[metric]
+        rows = self._evaluations(metric)
+        here = rows.groupby(["run", "step"])["task"].transform("nunique")
+        return rows[here == rows.groupby("run")["task"].transform("nunique")]
 
     def task_curves(self, metric: str) -> pd.DataFrame:
-        """The rows of ``curves`` that are of one task each."""
-        rows = self.curves(metric)
+        """The same of each task by itself, at whatever steps it was evaluated."""
+        rows = self._evaluations(metric)
         return rows[rows["task"].isin(self.tasks)]
 
     @cached_property
-    def _curves(self) -> dict[str, pd.DataFrame]:
+    def _known(self) -> dict[str, pd.DataFrame]:
         return {}
 
-    def _curve_rows(self, metric: str) -> pd.DataFrame:
+    def _evaluations(self, metric: str) -> pd.DataFrame:
+        if metric not in self._known:
+            self._known[metric] = self._evaluation_rows(metric)
+        return self._known[metric]
+
+    def _evaluation_rows(self, metric: str) -> pd.DataFrame:
         rows = self.metrics
         rows = rows[rows["kind"].isin(["eval", "final"]) & (rows["metric"] == metric)]
-        value = rows["value"] / rows["count"] if metric == "success" else rows["value"]
+        value = rates(rows) if metric == "success" else rows["value"]
         # The final evaluation, of more episodes, stands for the one during training at its step.
         rows = rows.assign(value=value).dropna(subset="value").sort_values("kind", kind="stable")
         rows = rows.drop_duplicates(["run", "step", "task"], keep="last").sort_index()
@@ -593,7 +647,8 @@ class Section:
         seeds = ", ".join(f"{name} n = {self.seeds(name, runs)}" for name in names)
         return (
             f"{estimator} Seeds: {seeds or 'none'}. Final evaluation: {self.evaluated}. "
-            f"Suite {self.suite}, {self.scale}; {self.missing}."
+            f"Suite {self.suite}{f' ({self.rules})' if self.rules else ''}, {self.scale}; "
+            f"{self.missing}."
         )
 
 
@@ -615,22 +670,36 @@ class Ablation:
         return next((label for label in scored if "@" not in label), (*scored, *self.labels)[0])
 
 
-def _task_order(results: Results, suite: str, metrics: pd.DataFrame) -> tuple[str, ...]:
-    candidates = [*results.tasks.get(suite, ()), *pd.unique(metrics["task"])]
-    # Rows about all tasks together carry no task name, or none that is text.
-    nameless = ("", WITHOUT_TASKS)
-    named = tuple(dict.fromkeys(n for n in candidates if isinstance(n, str) and n not in nameless))
-    return named or ((WITHOUT_TASKS,) if len(metrics) else ())
+def rates(rows: pd.DataFrame) -> pd.Series:
+    """Success rates of rows of ``success``."""
+    rate: pd.Series = rows["value"] / rows["count"].fillna(1)
+    return rate
+
+
+def _task_order(
+    known: tuple[str, ...], runs: pd.DataFrame, metrics: pd.DataFrame
+) -> tuple[str, ...]:
+    """The suite's tasks as our own runs name them, or else as imported ones do."""
+    # Rows about all tasks together carry no task name.
+    named = metrics[~metrics["task"].isin(["", WITHOUT_TASKS])]
+    ours = runs.loc[runs["origin"] == "", "run"]
+    of_ours = named[named["run"].isin(ours)]
+    told = pd.unique((of_ours if len(of_ours) else named)["task"]).tolist()
+    place = {name: k for k, name in enumerate(known)}
+    if len(ours):
+        told = [*known, *told]
+    elif not told and len(metrics):
+        told = [WITHOUT_TASKS]
+    return tuple(dict.fromkeys(sorted(told, key=lambda name: place.get(name, len(place)))))
 
 
 def _evaluated(metrics: pd.DataFrame, tasks: tuple[str, ...]) -> tuple[set[str], set[str]]:
     """Runs with a final success rate on each of ``tasks``, or on their mean where that is all the
     run was measured on; and the runs of which it is."""
     final = (metrics["kind"] == "final") & (metrics["metric"] == "success")
-    rates = metrics[final & (metrics["value"] / metrics["count"]).notna()]
     measured, rated = (
         {str(run): set(seen) for run, seen in rows.groupby("run")["task"].unique().items()}
-        for rows in (metrics, rates)
+        for rows in (metrics, metrics[final & rates(metrics).notna()])
     )
     taskless = {run for run, seen in measured.items() if seen.isdisjoint(tasks)}
     whole = {run for run, seen in rated.items() if run in taskless or seen.issuperset(tasks)}
@@ -651,9 +720,19 @@ def _references(results: Results, runs: pd.DataFrame, tasks: tuple[str, ...]) ->
     rows = metrics[(metrics["kind"] == "reference") & metrics["run"].isin(mine)]
     rows = rows[rows["metric"] == "success"]
     sums = rows.groupby(["algorithm", "task"])[["value", "count"]].sum()
-    rates = (sums["value"] / sums["count"]).unstack()
-    present = [name for name in REFERENCES if name in rates.index]
-    return rates.reindex(index=present, columns=list(tasks))
+    rate = (sums["value"] / sums["count"]).unstack()
+    present = [name for name in REFERENCES if name in rate.index]
+    return rate.reindex(index=present, columns=list(tasks))
+
+
+def _without_copies(runs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The runs, of copies of one the furthest; and the copies' names."""
+    whose = ["sweep", "algorithm", "seed", "id"]
+    furthest = runs.assign(done=runs["state"] == "done").sort_values(
+        ["done", "step"], ascending=False, kind="stable"
+    )
+    again = furthest.index[furthest.duplicated(whose) & (furthest["id"] != "")]
+    return runs.drop(index=again), tuple(runs.loc[again, "run"])
 
 
 def sections(results: Results) -> list[Section]:
@@ -663,8 +742,9 @@ def sections(results: Results) -> list[Section]:
     out = []
     for key, group in runs.groupby(["suite", "preset", "steps_per_task"]):
         suite, preset, steps = cast(tuple[str, str, int], key)
+        group, copies = _without_copies(group)
         metrics = measured[measured["run"].isin(group["run"])]
-        tasks = _task_order(results, suite, metrics)
+        tasks = _task_order(results.tasks.get(suite, ()), group, metrics)
         evaluated, taskless = _evaluated(metrics, tasks)
         group = group.assign(
             label=_labels(group),
@@ -684,7 +764,10 @@ def sections(results: Results) -> list[Section]:
                     facts, on="run"
                 ),
                 tasks=tasks,
+                copies=copies,
                 results=results,
             )
         )
+    everywhere = frozenset(label for section in out for label in section.labels)
+    out = [replace(section, everywhere=everywhere) for section in out]
     return sorted(out, key=lambda s: (s.suite, -s.steps_per_task, s.preset))

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from reports.comparing import comparisons
 from reports.figures import ABLATION_FIGURES, FIGURES, Drawing
-from reports.frames import Results, Section, published, sections, slug, text
+from reports.frames import Results, Section, published, sections, slug, tails, text
 from reports.making import FORMATS, Job, Shown, cores, data_uri, do_all, produce
 from reports.registry import Source
 from reports.running import last_line, run_table
@@ -128,14 +128,17 @@ def mixed(section: Section) -> list[str]:
             + "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in seeds.items())
             + "."
         )
+    if section.references.empty and section.scored:
+        out.append("The scripted experts and a random policy have not been evaluated yet.")
     out += [
         f"{label} has more than one run of the same seed."
         for label, s in seeds.items()
         if len(set(s)) < len(s)
     ]
     imported = section.runs[section.runs["origin"] != ""]
+    names = tails(imported["origin"])
     out += [
-        f"{label} was imported from {file}: its protocol is not known."
+        f"{label} was imported from {names[file]}: its protocol is not known."
         for label, file in imported.groupby("label")["origin"].first().items()
     ]
     return out
@@ -145,7 +148,7 @@ def _banners(found: list[Section]) -> list[tuple[str, str]]:
     out = []
     if any(section.preset == "smoke" for section in found):
         out.append(("smoke", "SMOKE — shows that things work, not results."))
-    reduced = [s for s in found if not s.full_scale and s.preset != "smoke"]
+    reduced = [s for s in found if not (s.full_scale or s.imported or s.preset == "smoke")]
     if reduced:
         scales = "; ".join(dict.fromkeys(f"{s.suite}: {s.scale}" for s in reduced))
         out.append(

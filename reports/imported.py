@@ -31,7 +31,8 @@ def read_curves(path: Path) -> Results:
 
     Needs ``CURVE_COLUMNS``; a row without ``task`` is a mean over tasks. Curves that state a
     ``preset`` and ``steps_per_task`` of ours are drawn beside ours, others by themselves. The last
-    row of each curve, of each task where it has tasks, counts as its final evaluation.
+    row of each curve, of each task where it has tasks, counts as its final evaluation. Where
+    ``episodes`` is absent, nothing is said of how many a rate is of.
 
     Raises:
         ValueError: a column is missing, or a row does not hold what its columns say; the message
@@ -55,7 +56,6 @@ def read_curves(path: Path) -> Results:
         "suite": "unknown",
         "seed": 0,
         "task": WITHOUT_TASKS,
-        "episodes": 1,
         "preset": "imported",
         "steps_per_task": frame["step"].max(),
     }
@@ -63,10 +63,11 @@ def read_curves(path: Path) -> Results:
         if name not in frame:
             frame[name] = value
         frame[name] = frame[name].where(frame[name].notna() & (frame[name] != ""), value)
+    episodes = frame["episodes"] if "episodes" in frame else pd.Series(np.nan, frame.index)
     keys = ["suite", "algorithm", "seed", "preset", "steps_per_task"]
     counts = frame.select_dtypes("number").columns.intersection(["step", *keys])
     frame[counts] = frame[counts].astype(int)
-    frame["run"] = [f"{path.name}: " + "/".join(map(str, key)) for key in frame[keys].to_numpy()]
+    frame["run"] = [f"{path}: " + "/".join(map(str, key)) for key in frame[keys].to_numpy()]
     _check_curves(path, frame)
     last = frame["step"] == frame.groupby(["run", "task"])["step"].transform("max")
     runs = frame.groupby("run", as_index=False).agg({"step": "max"} | dict.fromkeys(keys, "first"))
@@ -74,14 +75,14 @@ def read_curves(path: Path) -> Results:
     success = frame[row].assign(
         kind=np.where(last, "final", "eval"),
         metric="success",
-        value=frame["success"] * frame["episodes"],
-        count=frame["episodes"],
+        value=frame["success"] * episodes.fillna(1),
+        count=episodes,
     )
     metrics = [success]
     if "return" in frame:
         metrics.append(success.assign(metric="return", value=frame["return"]))
     return Results(
-        runs=runs.assign(state="done", origin=path.name),
+        runs=runs.assign(state="done", origin=str(path)),
         metrics=pd.concat(metrics, ignore_index=True),
     )
 

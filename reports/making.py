@@ -82,7 +82,7 @@ def produce(
         return _drawing_outcome(what, made, anchor, formats)
     except MissingError as reason:
         return Outcome(what=what, gap=str(reason))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (also what a layout cannot be solved with)
         return Outcome(what=what, failure=f"{type(error).__name__}: {error}")
 
 

@@ -214,9 +214,11 @@ def modules_difference(section: Section) -> Drawing:
         theirs: -used[theirs].sub(means[ours], axis="index").loc[delta.index],
     }
     for (label, points), offset in zip(against.items(), (0.18, -0.18), strict=True):
+        # Counts of modules are whole numbers: seeds beside each other, or they would coincide.
+        apart = np.linspace(-0.12, 0.12, points.shape[1]) if points.shape[1] > 1 else np.zeros(1)
         axes.scatter(
             points.to_numpy().ravel(),
-            np.repeat(np.arange(len(delta)) + offset, points.shape[1]),
+            (np.arange(len(delta))[:, None] + offset + apart).ravel(),
             s=9,
             color=styles[label].colour,
             marker=styles[label].marker,

@@ -170,14 +170,16 @@ def equal_time(section: Section) -> Table:
         ends = [float(run["hours"].iloc[-1]) for run in runs]
         after = {}
         for minutes in times:
-            reached = [
-                float(np.interp(minutes / 60, run["hours"], run["value"]))
-                if run["hours"].iloc[0] <= minutes / 60 <= run["hours"].iloc[-1] else np.nan
+            reached = [  # after its end what a run came to stays
+                float(np.interp(minutes / 60, run["hours"], run["value"], left=np.nan))
                 for run in runs
-            ]  # fmt: skip
+            ]
             after[minutes] = float(np.mean(reached))  # of all runs or of none
         end = float(np.mean([run["value"].iloc[-1] for run in runs]))
-        cells = [rate(value) for value in after.values()]
+        cells = [
+            rate(value) + "*" * bool(np.isfinite(value) and minutes / 60 > min(ends))
+            for minutes, value in after.items()
+        ]
         shown.append((label, str(len(runs)), *cells, f"{60 * np.mean(ends):.0f} min", rate(end)))
         data += [
             {"suite": section.suite, "algorithm": label, "runs": len(runs), "minutes": minutes,
@@ -194,8 +196,9 @@ def equal_time(section: Section) -> Table:
         caption=section.caption(
             "Success rate of the evaluations, mean over tasks, then over finished runs, between "
             "the two evaluations nearest to so much wall-clock training (evaluations included). "
-            f"{ABSENT}: not all runs of the algorithm had been evaluated by then, or some had "
-            "ended. Times depend on the machine and on what else ran on it: "
+            f"{ABSENT}: not all runs of the algorithm had been evaluated by then. *: some or all "
+            "had ended, and count with what they came to. Times depend on the machine and on what "
+            "else ran on it: "
             f"{'; '.join(section.hardware) or 'hardware not recorded'}."
         ),
     )

@@ -66,11 +66,26 @@ class Paper:
     def scale(self, suite: str) -> str:
         """Seeds, horizon and training of its runs on ``suite``, in words."""
         row = self.rates.query("suite == @suite").iloc[0]
-        steps = row["steps_per_task"]
-        trained = f", {steps:,.0f} steps per task" if np.isfinite(steps) else ""
+        steps = sorted(self.rates.query("suite == @suite")["steps_per_task"].dropna().unique())
+        trained = f", {' or '.join(f'{n:,.0f}' for n in steps)} steps per task" if steps else ""
         return (
             f"{self.column}: {row['statistic']}, horizon {row['horizon']:.0f}{trained}{self.spread}"
         )
+
+    def apart(self, section: Section) -> str:
+        """Why its numbers do not compare with the section's, in words; nothing where they do."""
+        if not section.full_scale:
+            return "; ours is at another scale, the two do not compare"
+        rows = self.rates.query("suite == @section.suite")
+        ours = {"steps_per_task": float(section.steps_per_task)}
+        horizon = section.runs.get("protocol.horizon", pd.Series(dtype=float)).dropna().unique()
+        ours |= {"horizon": float(horizon[0])} if len(horizon) == 1 else {}
+        differs = [
+            f"{name.replace('_', ' ')} {text(value)}"
+            for name, value in ours.items()
+            if rows[name].notna().any() and not (rows[name] == value).any()
+        ]
+        return f"; ours has {' and '.join(differs)}, the two do not compare" if differs else ""
 
 
 NOTHING = (float("nan"), float("nan"))
@@ -91,7 +106,7 @@ def iqm(section: Section, label: str) -> stats.Estimate:
 
     NaN where every score is of a single episode: of zeros and ones it tells only their mean.
     """
-    if section.episodes == "1":
+    if not section.graded:
         return stats.Estimate(float("nan"))
     return stats.stratified_interval(
         section.scores(label).to_numpy(),
@@ -142,10 +157,9 @@ def success_rates(section: Section) -> Table:
             | {f"{paper.key}_mean": cell[0] for paper, cell in printed.items()}
             | {f"{paper.key}_spread": cell[1] for paper, cell in printed.items()}
         )
-    theirs = "".join(f" {paper.scale(section.suite)}." for paper in papers)
-    apart = " Ours is at another scale: the two do not compare."
-    note = f" Published values:{theirs}{'' if section.full_scale else apart}" if papers else ""
-    if section.episodes == "1":
+    note = "".join(f" {paper.scale(section.suite)}{paper.apart(section)}." for paper in papers)
+    note = f" Published values:{note}" if papers else ""
+    if not section.graded:
         note = f" With one episode per task a score is 0 or 1, and there is no IQM.{note}"
     return Table(
         title="Success rate",
@@ -165,9 +179,8 @@ def success_rates(section: Section) -> Table:
         caption=section.caption(
             "Success rate of the final policy: successes over episodes per task, mean over tasks; "
             "mean ± sample standard deviation over seeds. IQM: interquartile mean over seeds × "
-            f"tasks, 95 % percentile interval of {stats.REPLICATES:,} bootstrap replicates that "
-            "draw seeds within each task (rliable's stratified bootstrap); no interval below "
-            f"{stats.MIN_SEEDS} seeds.{note}",
+            f"tasks, 95 % percentile interval of {stats.REPLICATES:,} replicates of rliable's "
+            f"stratified bootstrap, {stats.TOO_NARROW}; none below {stats.MIN_SEEDS} seeds.{note}",
             section.scored,
         ),
     )
@@ -209,10 +222,10 @@ def records(section: Section) -> Table:
             for row in rows.to_dict("records")
         ],
         data=rows,
-        caption="Numbers of other papers, set apart because goals, horizon, reward or training "
-        "length differ from the runs of this report and among each other: they say what is "
-        f"possible on {section.suite}, and compare with nothing above. Second-hand: as a later "
-        "paper tells it.",
+        caption="Numbers of other papers, each under its own goals, horizon, reward and training "
+        f"length: they say what is possible on {section.suite}. Only a row with all of them alike "
+        f"compares with the runs above ({section.rules or 'rules not recorded'}; "
+        f"{section.scale}). Second-hand: as a later paper tells it.",
         details=True,
     )
 

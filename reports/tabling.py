@@ -13,6 +13,7 @@ import pandas as pd
 from reports import stats
 from reports.frames import (
     RECIPE,
+    WITHOUT_TASKS,
     Ablation,
     Section,
     text,
@@ -128,9 +129,24 @@ def setting_warnings(section: Section) -> tuple[str, ...]:
             shown = "; ".join(f"{label}: {value}" for label, value in apart.items()) + others
             rows = "these rows do" if not others else "rows that differ do"
             out.append(f"{kind} differs in {name} ({shown}): {rows} not compare fairly.")
-    without = section.runs.loc[section.runs["taskless"], "label"]
+    if section.copies:
+        out.append(f"Copies of runs count once: left out {_some(section.copies)}.")
+    without = section.runs[section.runs["taskless"] & (section.runs["origin"] != "")]
+    for name, of_name in without.groupby("label"):
+        seen = section.metrics[section.metrics["run"].isin(of_name["run"])]
+        named = set(seen["task"]) - {"", WITHOUT_TASKS}
+        why = f"names tasks that are not ours ({_some(sorted(named))})" if named else "has no tasks"
+        out.append(f"{name} was imported and {why}: it is in the curves, not in the tables.")
+    short = section.runs[section.runs["finished"] & (section.runs["step"] > 0)]
+    short = short[short["step"] < 0.9 * short["steps_per_task"]]
     out += [
-        f"{label} was imported without tasks: it is in the curves, not in the tables."
-        for label in dict.fromkeys(without)
+        f"{label} ends at step {runs['step'].min():,} of {section.steps_per_task:,}."
+        for label, runs in short.groupby("label")
     ]
     return tuple(out)
+
+
+def _some(names: Sequence[str]) -> str:
+    """``a, b, c and 4 more``."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

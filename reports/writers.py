@@ -39,12 +39,16 @@ def markdown_escape(value: str) -> str:
     return "".join(f"\\{c}" if c in "\\|`*_[]~" else c for c in plain)
 
 
+def _right(source: Table) -> list[bool]:
+    """Which columns stand to the right: numbers do, names and words do not."""
+    return [k > 0 and name not in source.words for k, name in enumerate(source.columns)]
+
+
 def to_markdown(source: Table) -> str:
     """A GitHub-flavoured table under its title, the caption below."""
-    lines = [source.columns, ("---", *("---:" for _ in source.columns[1:]))]
-    body = [[markdown_escape(cell) for cell in row] for row in source.rows]
-    header = [markdown_escape(cell) for cell in lines[0]]
-    grid = "\n".join("| " + " | ".join(row) + " |" for row in [header, list(lines[1]), *body])
+    rule = ["---:" if right else "---" for right in _right(source)]
+    lines = [[markdown_escape(cell) for cell in row] for row in [source.columns, *source.rows]]
+    grid = "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], rule, *lines[1:]])
     warnings = "".join(f"> **Warning:** {markdown_escape(w)}\n\n" for w in source.warnings)
     title, caption = markdown_escape(source.title), markdown_escape(source.caption)
     return f"## {title}\n\n{warnings}{grid}\n\n{caption}\n"
@@ -61,7 +65,7 @@ def to_latex(source: Table) -> str:
             r"\centering",
             rf"\caption[{title}]{{{title}. {latex_escape(source.caption)}{notes}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(source.columns) - 1)}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in _right(source))}}}",
             r"\toprule",
             " & ".join(latex_escape(cell) for cell in source.columns) + r" \\",
             r"\midrule",

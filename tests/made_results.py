@@ -108,6 +108,7 @@ def make_results(
                 | {
                     "state": state,
                     "preset": preset,
+                    "full_scale": preset == "paper" and steps_per_task >= 1_500_000,
                     "step": reached,
                     "steps_per_task": steps_per_task,
                     "parameters_actor": 488_392 + 1000 * a,

@@ -177,8 +177,65 @@ def test_means_without_tasks_stand_beside_curves_with_tasks(tmp_path: Path) -> N
         assert set(FIGURES[name](section).data["label"]) == {"mega"}, name
     made = TABLES["success_rates"](section)
     (warning,) = made.warnings
-    assert warning == ("theirs was imported without tasks: it is in the curves, not in the tables.")
+    assert "theirs was imported and has no tasks: it is in the curves, not in the" in warning
     assert "Final evaluation: 50 episodes per task" in made.caption
+
+
+def test_imports_with_other_task_names_cost_none_of_our_runs(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    rows = "".join(f"theirs,100000,0.5,{task[:-1]}2\n" for task in MT10[::3])
+    path.write_text(f"{_HEAD},task\n{rows}")
+    theirs = read_curves(path)
+    theirs.runs = theirs.runs.assign(suite="mt10_rand", preset="cpu")
+    (section,) = sections(make_results(("mega",), seeds=3) + theirs)
+    assert section.tasks == MT10[::3]
+    assert section.seeds("mega") == 3
+    (warning,) = TABLES["success_rates"](section).warnings
+    assert (
+        "theirs was imported and names tasks that are not ours (button-press-topdown-v2," in warning
+    )
+
+
+def test_imports_of_one_file_name_are_not_averaged(tmp_path: Path) -> None:
+    found = []
+    for name, success in (("a", 0.2), ("b", 0.9)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "results.csv"
+        path.write_text(f"{_HEAD}\nx,10,0.1\nx,20,{success}\n")
+        found.append(read_curves(path))
+    (section,) = sections(found[0] + found[1])
+    assert {label: float(section.scores(label).iloc[0, 0]) for label in section.scored} == {
+        "x [origin=a/results.csv]": 0.2, "x [origin=b/results.csv]": 0.9,
+    }  # fmt: skip
+    again = sections(found[0] + found[0])[0]
+    assert again.scores("x").to_numpy().tolist() == [[0.2]]
+    # Nobody said of how many episodes .2 is a rate.
+    made = TABLES["success_rates"](again)
+    assert "0 or 1" not in made.caption
+    assert "of as many episodes as its source had" in made.caption
+
+
+def test_a_curve_is_the_mean_of_one_set_of_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    path.write_text(f"{_HEAD},task\nx,10,0.1,a\nx,20,0.3,a\nx,20,0.5,b\nx,15,0.9,b\n")
+    (section,) = sections(read_curves(path))
+    means = section.curves("success").groupby("step")["value"].mean()
+    assert means.to_dict() == {20: 0.4}
+    assert len(section.task_curves("success")) == 4
+
+
+def test_a_copied_run_is_no_further_seed() -> None:
+    results = make_results(("mega", "d2r"), seeds=3)
+    runs = results.runs.assign(id=[f"{k:x}" for k in range(len(results.runs))])
+    results = replace(results, runs=runs)
+    backup = replace(
+        results,
+        runs=runs.assign(run="old/" + runs["run"]),
+        metrics=results.metrics.assign(run="old/" + results.metrics["run"]),
+    )
+    (section,) = sections(results + backup)
+    assert section.seeds("mega") == 3
+    assert any("Copies of runs count once" in w for w in TABLES["success_rates"](section).warnings)
 
 
 # Two sweeps --------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def publish(study: Path, pages: Sequence[Path]) -> None:
     specs = expand(*read_grid(study / "grid.toml"))
     suites = {spec.suite for spec in specs}
     results = Results(**load(study))
-    found = {section.suite: section for section in sections(results)}
+    # Largest scale first, and that is the study's.
+    found = {section.suite: section for section in reversed(sections(results))}
 
     def content(page: Path, words: str) -> str:
         suite, name, *only = words.split()
@@ -68,6 +69,8 @@ def made(section: Section, name: str, image: Path, page: Path) -> str:
             table = TABLES[name](section)
             shown = to_markdown(replace(table, caption=estimator(table.caption)))
             return shown.partition("\n\n")[2].strip()  # the page has headings of its own
+        if name == "learning_curves" and len(set(section.metrics["label"])) < 2:
+            raise MissingError(f"curves of two algorithms are to be compared ({section.missing})")
         drawing = FIGURES[name](section)
     except MissingError as reason:
         return f"*Not to be had yet: {reason}.*"
