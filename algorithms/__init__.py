@@ -67,4 +67,8 @@ def load(name: str) -> type[Agent]:
             f"algorithm {name!r} is registered as {table()[name]} by an installed package, but "
             f"cannot be loaded: {type(error).__name__}: {error}"
         ) from None
+    from algorithms.agent import Agent
+
+    if not (isinstance(agent, type) and issubclass(agent, Agent)):
+        raise ValueError(f"algorithm {name!r}: {table()[name]} is no class of `algorithms.Agent`")
     return agent

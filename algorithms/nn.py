@@ -204,6 +204,10 @@ def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None)
     return y
 
 
+Normed = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What LayerNorm's backward pass needs: its input, the normalised input, mean and 1 / deviation."""
+
+
 class Dense(NamedTuple):
     """A linear layer's parameters, with those of the LayerNorm behind it where there is one."""
 
@@ -216,6 +220,48 @@ class Dense(NamedTuple):
         """Bias, scale and shift as rows (n, d); the last two (0, d) without LayerNorm."""
         none = self.bias[:0]
         return [flat(none if p is None else p) for p in (self.bias, self.scale, self.shift)]
+
+    def rectified(self, inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, Normed | None]:
+        """ReLU(LayerNorm(inputs W + b)) on rows (C, R, W)."""
+        if self.scale is None or self.shift is None:
+            pre = torch.baddbmm(self.bias, inputs, self.weight, out=out)
+            return pre.relu_(), None
+        pre = torch.baddbmm(self.bias, inputs, self.weight)
+        hat, mean, deviation = torch.native_layer_norm(pre, [pre.shape[-1]], None, None, 1e-5)
+        normed = torch.addcmul(self.shift[:, 0], hat, self.scale[:, 0], out=out)
+        return normed.relu_(), (pre, hat, mean, deviation)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        inputs: Tensor,
+        normed: Normed | None,
+        learning: bool,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """From the gradient before the ReLU: that at the inputs, and those of the parameters.
+
+        ``out`` may be the inputs themselves.
+        """
+        of_norm: list[Tensor | None] = []
+        if normed is not None and self.scale is not None:
+            pre, hat, mean, deviation = normed
+            of_norm = [None, None]
+            if learning:
+                of_norm = [
+                    (gradient * hat).sum(1, keepdim=True)[:, None],
+                    gradient.sum(1, keepdim=True)[:, None],
+                ]
+            gradient = torch.ops.aten.native_layer_norm_backward(
+                gradient * self.scale[:, 0], pre, [pre.shape[-1]], mean, deviation,
+                None, None, [True, False, False],
+            )[0]  # fmt: skip
+        of_linear: list[Tensor | None] = [None, None]
+        if learning:
+            of_linear = [
+                torch.bmm(inputs.transpose(1, 2), gradient), gradient.sum(1, keepdim=True)
+            ]  # fmt: skip
+        return torch.bmm(gradient, self.weight.transpose(1, 2), out=out), of_linear + of_norm
 
 
 class _Rectified(torch.autograd.Function):

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from algorithms.nn import Init, Layers, Linear, Scratch, compiled, draw, mlp
+from algorithms.nn import Dense, Init, Layers, Linear, Scratch, compiled, draw, mlp
 from algorithms.routing_cpu import run as run_on_cpu
 
 NEVER = -1e30
@@ -404,17 +404,14 @@ class _Stack(torch.autograd.Function):
         table, outputs = m.view(modules * total, width), m.unbind()
         outputs[0].copy_(first)
         u, y, normed = [], [], []
-        for i, (w, b) in enumerate(zip(weight.unbind(1), bias.unbind(1), strict=True)):
+        for i, layer in enumerate(_layers(weight, bias, scale, shift)):
             mixed = _mix(table, index[i], bag, factor[i]).view(copies, rows, width)
             u.append(mixed)
-            pre = torch.baddbmm(b, mixed, w)
-            if scale is not None and shift is not None:
-                hat, mean, deviation = torch.native_layer_norm(pre, [width], None, None, 1e-5)
-                normed.append((pre, hat, mean, deviation))
-                pre = torch.addcmul(shift[:, i], hat, scale[:, i])
-            y.append(pre.relu_())
+            active, kept = layer.rectified(mixed)
+            y.append(active)
+            normed.append(kept)
             torch.add(mixed, y[i], out=outputs[i + 1])
-        ctx.save_for_backward(m, picked, share, weight, scale, suitable)
+        ctx.save_for_backward(m, picked, share, suitable, weight, bias, scale, shift)
         ctx.index, ctx.u, ctx.y, ctx.normed = index, u, y, normed
         ctx.shortcut_masked = shortcut_masked
         return _mix(table, index[-1], bag, factor[-1]).view(copies, rows, width)
@@ -422,7 +419,8 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        m, picked, share, weight, scale, suitable = ctx.saved_tensors
+        m, picked, share, suitable, *parameters = ctx.saved_tensors
+        layers = _layers(*parameters)
         modules, copies, rows, width = m.shape
         total, k = copies * rows, share.shape[-1]
         shape = (copies, rows, width)
@@ -438,7 +436,7 @@ class _Stack(torch.autograd.Function):
         pushed = gradient.new_zeros(modules * total, lanes, width)
         push = gradient.new_empty(total, k, lanes, width)
         learning = ctx.needs_input_grad[2]
-        g_weight, g_bias, g_scale, g_shift = [], [], [], []
+        learned: list[list[Tensor | None]] = []
         for i in range(modules - 1, -1, -1):
             torch.mul(share[i, :, :, None], t[i, :, None], out=push[:, :, 0])
             if lanes == 2:
@@ -451,32 +449,31 @@ class _Stack(torch.autograd.Function):
             g_y = g_y.reshape(shape)
             if i == 0:
                 break
-            w, y = weight[:, i - 1], ctx.y[i - 1]
-            g_y = torch.ops.aten.threshold_backward(g_y, y, 0)
-            if scale is not None:
-                pre, hat, mean, deviation = ctx.normed[i - 1]
-                if learning:
-                    g_scale.append((g_y * hat).sum(1, keepdim=True))
-                    g_shift.append(g_y.sum(1, keepdim=True))
-                g_y = torch.ops.aten.native_layer_norm_backward(
-                    g_y * scale[:, i - 1], pre, [width], mean, deviation,
-                    None, None, [True, False, False],
-                )[0]  # fmt: skip
-            if learning:
-                g_weight.append(torch.bmm(ctx.u[i - 1].mT, g_y))
-                g_bias.append(g_y.sum(1, keepdim=True))
-            a = torch.bmm(g_y, w.mT).view(total, width)
+            g_y = torch.ops.aten.threshold_backward(g_y, ctx.y[i - 1], 0)
+            a, of_layer = layers[i - 1].backward(g_y, ctx.u[i - 1], ctx.normed[i - 1], learning)
+            learned.append(of_layer)
+            a = a.view(total, width)
             torch.add(a, g_u, out=t[i - 1])
 
         by_row = t.transpose(0, 1)  # (N, M, d)
         per_source = torch.bmm(by_row, m.view(modules, total, width).permute(1, 2, 0))
         g_share = per_source.transpose(0, 1).gather(2, picked)  # (M, N, K)
         g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
-        learned = [
-            torch.stack(each[::-1], 1) if each else None
-            for each in (g_weight, g_bias, g_scale, g_shift)
-        ]
-        return g_y, g_weights, *learned, None, None, None
+        g_layers = [
+            torch.stack([g for of in learned[::-1] if (g := of[k]) is not None], 1).view_as(p)
+            if learning and p is not None else None
+            for k, p in enumerate(parameters)
+        ]  # fmt: skip
+        return g_y, g_weights, *g_layers, None, None, None
+
+
+def _layers(
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> list[Dense]:
+    """The layer of each module, from parameters (C, M - 1, ...)."""
+    count = weight.shape[1]
+    norms = [[None] * count if p is None else p.chunk(count, 1) for p in (scale, shift)]
+    return [*map(Dense, weight.unbind(1), bias.unbind(1), *norms)]
 
 
 def _mix(table: Tensor, index: Tensor, bag: Tensor, factor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from algorithms.genetic import (
     stage_of,
     weight_matrix,
 )
-from algorithms.nn import Dense, Init, LayerNorm, Linear, Scratch, TaskLinear, draw, mlp
+from algorithms.nn import Dense, Init, LayerNorm, Linear, Normed, Scratch, TaskLinear, draw, mlp
 
 
 class Wiring(NamedTuple):
@@ -398,8 +398,8 @@ class _Stack(torch.autograd.Function):
                 continue
             _mix(weights[:n, :, i - 1, :i], m[:i, :, :n], x[i - 1, :, :n])
             inputs, outputs = _rows(x[i - 1], n), _rows(m[i], n)
-            h, normed_in = _dense(inputs, inner)
-            _, normed_out = _dense(h, outer, out=outputs)
+            h, normed_in = inner.rectified(inputs)
+            _, normed_out = outer.rectified(h, out=outputs)
             active = outputs > 0 if residual and learning else None
             run.append(_Run(h, active, normed_in, normed_out))
             if residual:
@@ -458,9 +458,9 @@ class _Stack(torch.autograd.Function):
                 g_out = torch.ops.aten.threshold_backward(arriving, outputs, 0)
             else:
                 g_out = arriving * run.active
-            g_h, of_outer = _dense_backward(g_out, run.hidden, outer, run.normed_out, learning)
+            g_h, of_outer = outer.backward(g_out, run.hidden, run.normed_out, learning)
             g_h = torch.ops.aten.threshold_backward(g_h, run.hidden, 0)
-            _, of_inner = _dense_backward(g_h, inputs, inner, run.normed_in, learning, out=inputs)
+            _, of_inner = inner.backward(g_h, inputs, run.normed_in, learning, out=inputs)
             # In the order in which a module lists its parameters: `_modules`.
             learned[each * (i - 1) : each * i] = [
                 *of_inner[:2], *of_outer[:2], *of_inner[2:], *of_outer[2:]
@@ -475,18 +475,14 @@ class _Stack(torch.autograd.Function):
         return g_first, g_weights, None, None, None, None, *learned
 
 
-_Normed = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What LayerNorm's backward pass needs: its input, the normalised input, mean and 1 / deviation."""
-
-
 class _Run(NamedTuple):
     """What a module that ran leaves for its backward pass."""
 
     hidden: Tensor
     active: Tensor | None
     """Where its last ReLU let through; None: where its output is positive."""
-    normed_in: _Normed | None
-    normed_out: _Normed | None
+    normed_in: Normed | None
+    normed_out: Normed | None
 
 
 def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[Dense, Dense]]:
@@ -498,52 +494,6 @@ def _modules(parameters: Sequence[Tensor], count: int) -> list[tuple[Dense, Dens
         inner, outer = (norms[:2], norms[2:]) if norms else ((None, None), (None, None))
         layers.append((Dense(w_in, b_in, *inner), Dense(w_out, b_out, *outer)))
     return layers
-
-
-def _dense(
-    inputs: Tensor, layer: Dense, out: Tensor | None = None
-) -> tuple[Tensor, _Normed | None]:
-    """ReLU(LayerNorm(inputs W + b)) on rows (C, R, W)."""
-    if layer.scale is None or layer.shift is None:
-        pre = torch.baddbmm(layer.bias, inputs, layer.weight, out=out)
-        return pre.relu_(), None
-    pre = torch.baddbmm(layer.bias, inputs, layer.weight)
-    hat, mean, deviation = torch.native_layer_norm(pre, [pre.shape[-1]], None, None, 1e-5)
-    normed = torch.addcmul(layer.shift[:, 0], hat, layer.scale[:, 0], out=out)
-    return normed.relu_(), (pre, hat, mean, deviation)
-
-
-def _dense_backward(
-    gradient: Tensor,
-    inputs: Tensor,
-    layer: Dense,
-    normed: _Normed | None,
-    learning: bool,
-    out: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """From the gradient before the ReLU: that at the inputs, and those of the layer's parameters.
-
-    ``out`` may be the inputs themselves.
-    """
-    of_norm: list[Tensor | None] = []
-    if normed is not None and layer.scale is not None:
-        pre, hat, mean, deviation = normed
-        of_norm = [None, None]
-        if learning:
-            of_norm = [
-                (gradient * hat).sum(1, keepdim=True)[:, None],
-                gradient.sum(1, keepdim=True)[:, None],
-            ]
-        gradient = torch.ops.aten.native_layer_norm_backward(
-            gradient * layer.scale[:, 0], pre, [pre.shape[-1]], mean, deviation,
-            None, None, [True, False, False],
-        )[0]  # fmt: skip
-    of_linear: list[Tensor | None] = [None, None]
-    if learning:
-        of_linear = [
-            torch.bmm(inputs.transpose(1, 2), gradient), gradient.sum(1, keepdim=True)
-        ]  # fmt: skip
-    return torch.bmm(gradient, layer.weight.transpose(1, 2), out=out), of_linear + of_norm
 
 
 def _rows(level: Tensor, tasks: int) -> Tensor:

@@ -183,7 +183,7 @@ def run(
             "say what to run: --algos mega,d2r --suite mt10_rand --seeds 5, or --grid FILE.toml"
         )
     else:
-        scale = preset or "cpu"
+        scale = "cpu" if preset is None else preset
         requests, mistakes = read_options(algos, suite, _seeds(seeds, scale), scale)
     requests = [_with_overrides(request, overrides) for request in requests]
     how = How(
@@ -239,7 +239,8 @@ def ablate(
     overrides = _overrides(set_, steps)
     requests = [
         Request(
-            entry["algos"], names(suite or entry.get("suite", "mt10_rand"), "--suite"),
+            entry["algos"],
+            names(entry.get("suite", "mt10_rand") if suite is None else suite, "--suite"),
             parse_seeds(_seeds(seeds, preset)), preset, entry.get("set", {}) | overrides,
             shared=overrides,
         )
@@ -587,7 +588,7 @@ def eval_(
     from bench import references
     from bench.evaluate import evaluate
     from bench.store import StoreError, open_run
-    from suites.base import unknown
+    from suites.base import SimulatorError, unknown
 
     known = ["agent", *references.POLICIES]
     if policy not in known:
@@ -613,8 +614,11 @@ def eval_(
     except StoreError as error:
         raise WorkError(str(error)) from None
     count = references.episodes_of(policy, suite, episodes)
-    with contextlib.closing(suite.make(seed=spec.seed, autoreset=False)) as envs:
-        outcome = evaluate(act, envs, count, spec.protocol.eval_seed)
+    try:
+        with contextlib.closing(suite.make(seed=spec.seed, autoreset=False)) as envs:
+            outcome = evaluate(act, envs, count, spec.protocol.eval_seed)
+    except SimulatorError as error:
+        raise WorkError(str(error)) from None
     rows: list[dict[str, Any]] = [
         {
             "task": task, "successes": int(outcome.success[i].sum()), "episodes": count,
@@ -983,6 +987,8 @@ def main() -> NoReturn:
         sys.exit(128 + signal.SIGINT)
     except MemoryError as error:
         _fail(WorkError(f"out of memory: {error}"), 1)
+    except OSError as error:  # a name too long, a full disk
+        _fail(WorkError(str(error)), 1)
     except ValueError as error:
         from bench.spec import SpecError
 

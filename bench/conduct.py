@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -63,8 +64,17 @@ def conduct(
 ) -> None:
     """Plan, train with progress, and end with what the runs brought."""
     launch.launcher_options(how.launcher, how.launcher_set)
-    if not (how.hang_seconds == 0 or how.hang_seconds >= 1):
-        raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 1, or 0 for never")
+    if not (how.hang_seconds == 0 or how.hang_seconds >= 10):
+        raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 10, or 0 for never")
+    if how.launcher != "local" and how.workers != "auto":
+        raise UsageError(
+            f"--workers {how.workers} is for this machine: --launcher {how.launcher} starts runs "
+            "as its cluster has room (SLURM: --launcher-set at_once=N)"
+        )
+    worlds = {(s.suite, s.protocol.goals, s.protocol.reward_version, s.protocol.horizon): s
+              for s in specs}  # fmt: skip
+    for spec in worlds.values():  # is there such a one? Before anything is written
+        spec.make_suite()
     budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
     try:
         trackers = sinks(how.track)
@@ -109,7 +119,11 @@ def conduct(
             jobs = planned(sweep.prepare(specs, out, environment))
         except OSError as error:
             raise WorkError(str(error)) from None
-        started = time.time()
+        # First: they check the suite's success rule, and a report may want them at any time.
+        with spinner(console, "evaluating the scripted experts and the random policy"):
+            for problem in references.ensure(specs, out, machine.environment(here, how.threads)):
+                print(f"bench: no reference rows of {problem}", file=sys.stderr)
+        started = time.monotonic()
         under_way = sweep.Sweep(
             jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
         )
@@ -121,13 +135,9 @@ def conduct(
 
             under_way.run(notice)
     interrupted = under_way.interrupted
-    if not interrupted and any(job.outcome != "busy" for job in jobs):
-        with spinner(console, "evaluating the scripted experts and the random policy"):
-            for problem in references.ensure(specs, out, machine.environment(here, how.threads)):
-                print(f"bench: no reference rows of {problem}", file=sys.stderr)
     if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
         print(f"bench: {problem}", file=sys.stderr)
-    _conclude(console, jobs, out, time.time() - started, interrupted=interrupted)
+    _conclude(console, jobs, out, time.monotonic() - started, interrupted=interrupted)
 
 
 class _Aside:
@@ -194,12 +204,20 @@ def _workers(text: str, cores_each: int) -> int:
 
 
 def _costs(jobs: list[Job], meter: Meter, threads: int) -> dict[str, Cost]:
-    """What a run of each group costs, measured once per group that has work left."""
+    """What a run of each group costs, measured once per group that has work left.
+
+    What fails here will fail when it is trained, and is recorded there; the others go on.
+    """
     costs: dict[str, Cost] = {}
     for job in jobs:
-        if job.outcome in ("pending", "busy") and job.group not in costs:
+        if job.outcome == "pending" and job.group not in costs:
             with spinner(new_console(), f"measuring {job.spec.title} on {job.spec.suite}"):
-                costs[job.group] = meter.cost(job.spec, threads)
+                try:
+                    costs[job.group] = meter.cost(job.spec, threads)
+                except Exception as error:  # noqa: BLE001  (an algorithm of the user's may raise any)
+                    costs[job.group] = Cost(math.nan, 0)
+                    print(f"bench: {job.spec.title} on {job.spec.suite} could not be measured: "
+                          f"{type(error).__name__}: {error}", file=sys.stderr)  # fmt: skip
     return costs
 
 
@@ -215,6 +233,15 @@ def _print_plan(
     todo = [job for job in jobs if job.outcome == "pending"]
     for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
         scale = "Full scale" if chosen.full_scale else "Reduced scale"
+        changed = sorted(
+            {
+                f"{key}={getattr(job.spec.protocol, key)}"
+                for job in jobs if job.spec.preset == chosen.name
+                for key in job.spec.changed_protocol
+            }
+        )  # fmt: skip
+        if changed:
+            scale = f"With {', '.join(changed)} a scale of its own, else"
         console.print(f"{scale}, preset {chosen.name}: {chosen.description}")
         small = [job for job in todo if job.spec.preset == chosen.name and not chosen.full_scale]
         if small:
@@ -233,10 +260,12 @@ def _print_plan(
     for line in _plugins([job.spec for job in jobs]):
         console.print(f"  {line}")
     for group, alike in _by_group(todo).items():
-        spec, each = alike[0].spec, duration(costs[group].seconds)
+        seconds = costs[group].seconds
+        spec, each = alike[0].spec, "not measured" if math.isnan(seconds) else duration(seconds)
         console.print(f"  {spec.suite} {spec.title} {spec.preset}: {len(alike)} x {each}")
     if todo:
         left = [_remaining(job, costs[job.group].seconds) for job in todo]
+        left = [0.0 if math.isnan(seconds) else seconds for seconds in left]
         total, longest = sum(left), max(left)
         working = sorted((costs[job.group].working_bytes for job in todo), reverse=True)
         console.print(

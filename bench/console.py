@@ -53,7 +53,10 @@ def new_console() -> Any:
 
 def spinner(console: Any, text: str) -> Any:
     """A spinner on a terminal, nothing elsewhere."""
-    return console.status(text) if console.is_terminal else contextlib.nullcontext()
+    from rich.text import Text
+
+    # As Text: a label's brackets are no markup.
+    return console.status(Text(text)) if console.is_terminal else contextlib.nullcontext()
 
 
 def print_json(

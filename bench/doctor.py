@@ -36,7 +36,7 @@ def machine_checks(out: Path) -> list[Check]:
         _check(
             "device", "good" if cuda else "note",
             torch.cuda.get_device_name() if cuda else f"CPU, {machine.cores()} cores",
-            "" if cuda else "fine for the cpu preset; the paper preset wants a GPU build of torch",
+            "" if cuda else "fine for the cpu preset; a run of the paper preset takes days",
         )
     )  # fmt: skip
     renderer = _renderer()

@@ -46,7 +46,8 @@ def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outco
     return_ = np.zeros((len(names), episodes))
     kept: list[np.ndarray] = []
     for first in range(0, episodes, per_round):
-        obs = envs.reset(evaluation_seeds(names, seed, range(first, first + per_round)))
+        numbers = range(first, first + per_round)
+        obs = envs.reset(evaluation_seeds(names, seed, numbers, envs.spec.positions))
         wanted = min(per_round, episodes - first, max(0, SAMPLED_EPISODES - first))
         ended = 0
         for t in range(envs.spec.horizon):
@@ -63,10 +64,19 @@ def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> Outco
     return Outcome(success, return_, np.concatenate(kept, axis=1))
 
 
-def evaluation_seeds(names: Sequence[str], seed: int, numbers: Sequence[int]) -> np.ndarray:
-    """Seeds (T, n) of the evaluation episodes of these numbers, of tasks by name."""
+def evaluation_seeds(
+    names: Sequence[str], seed: int, numbers: Sequence[int], positions: int | None = None
+) -> np.ndarray:
+    """Seeds (T, n) of the evaluation episodes of these numbers, of tasks by name.
+
+    Where a goal is one of K ``positions``, K episodes in a row have each of them once.
+    """
     seeds = [[stream(seed, "evaluation", name, number) for number in numbers] for name in names]
-    return np.array(seeds, np.uint64)
+    found = np.array(seeds, np.uint64)
+    if positions is not None:
+        count = np.uint64(positions)
+        found += np.array(numbers, np.uint64) % count - found % count
+    return found
 
 
 def episodes_needed(suite: Suite, episodes: int) -> int:

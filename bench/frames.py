@@ -102,9 +102,9 @@ def _read_run(store: RunStore, name: str) -> _Run | str:
         probes = read_probes(store)
         trace = store.probe_path / "trace.npz"
         arrays = _arrays(trace) if trace.exists() else None
-        metrics, timing = (_read(store.path / file) for file in ("metrics.csv", "timing.csv"))
+        metrics, timing = read_metrics(store), _read(store.path / "timing.csv", TIMING)
         health = [*_damage(store), *health_rows(store, metrics, probes)]
-    except (StoreError, OSError, ValueError) as error:
+    except (StoreError, OSError, ValueError, TypeError) as error:
         return str(error)
     key = {column: row[column] for column in ("run", "suite", "algorithm", "seed")}
     wanted = None
@@ -155,7 +155,7 @@ VIDEO = "video"
 
 def health_of(store: RunStore) -> list[dict[str, str]]:
     """`health_rows` of what the run has recorded so far."""
-    return health_rows(store, _read(store.path / "metrics.csv"), read_probes(store))
+    return health_rows(store, read_metrics(store), read_probes(store))
 
 
 def health_rows(
@@ -217,7 +217,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {
                 name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()
             }
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
 
 
@@ -244,7 +244,11 @@ def run_row(store: RunStore, name: str) -> dict[str, Any]:
     """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
     seconds = _last_total(store)
     try:
-        return _run_row(store, name, seconds)
+        row = _run_row(store, name, seconds)
+        for field in ("seed", "step", "steps_per_task"):
+            if not isinstance(row[field], int):
+                raise TypeError(f"{field} {row[field]!r} is no whole number")
+        return row
     except (KeyError, TypeError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise StoreError(f"{store.path / 'spec.json'} is damaged: {wrong}") from None
@@ -335,9 +339,10 @@ def _command(spec: dict[str, Any]) -> str:
 
 
 def state_of(store: RunStore) -> dict[str, Any]:
-    """The run's status; one that says running while no process holds it was interrupted."""
+    """The run's status; one that says running while no process, here or on another machine, holds
+    it was interrupted."""
     status = store.status()
-    if status["state"] == "running" and not store.busy:
+    if status["state"] == "running" and not (store.busy or store.elsewhere):
         status["state"] = "interrupted"
     return status
 
@@ -365,23 +370,34 @@ def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | No
 
 
 def _last_total(store: RunStore) -> float | None:
-    timing = _read(store.path / "timing.csv")
+    timing = _read(store.path / "timing.csv", TIMING)
     if timing is None:
         return None
-    if not {"section", "seconds"} <= set(timing):
-        raise StoreError(f"{store.path / 'timing.csv'} cannot be read: it has other columns")
     totals = timing.loc[timing["section"] == "total", "seconds"]
     return float(totals.iloc[-1]) if len(totals) else None
 
 
-def _read(path: Path) -> pd.DataFrame | None:
-    """A CSV of the run; None if it has no rows yet. Raises StoreError if it is damaged."""
+METRICS: dict[str, type] = {
+    "step": int, "kind": str, "task": str, "metric": str, "value": float, "count": float
+}  # fmt: skip
+TIMING: dict[str, type] = {"step": int, "section": str, "seconds": float}
+"""Columns of a run's files."""
+
+
+def read_metrics(store: RunStore) -> pd.DataFrame | None:
+    """The run's metrics; None if it has none yet. Raises StoreError if they are damaged."""
+    return _read(store.path / "metrics.csv", METRICS)
+
+
+def _read(path: Path, columns: dict[str, type]) -> pd.DataFrame | None:
     try:
-        frame = pd.read_csv(path, index_col=False)
+        frame = pd.read_csv(path, index_col=False, dtype=columns)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from None
+    if lost := [name for name in columns if name not in frame]:
+        raise StoreError(f"{path} cannot be read: column {lost[0]!r} is missing")
     return frame if len(frame) else None
 
 

@@ -60,6 +60,7 @@ class Order(NamedTuple):
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             limits["PYTHONPATH"] = os.pathsep.join(paths)
         command = [sys.executable, "-P", "-m", "bench.train", str(self.run), *self.options]
+        command += ["--parent", str(os.getpid())]
         with (self.run / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

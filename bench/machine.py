@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -120,7 +121,12 @@ def plugins() -> dict[str, str]:
 
 def origin() -> dict[str, Any]:
     """What is known of a run's environment before it is known where it will be trained."""
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    for place, word in enumerate(words):
+        if word == "--notify" or word.startswith("--notify="):  # may hold a secret
+            words[place : place + 1 + (word == "--notify")] = ["--notify", "..."]
+            break
+    return {"command": shlex.join(words)}
 
 
 def changed_numerics(began: Mapping[str, str], device: str, threads: int) -> list[str]:

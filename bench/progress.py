@@ -35,10 +35,10 @@ class Progress:
         self._said: dict[int, float] = {}
         if console.is_terminal:
             self._bars = Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 refresh_per_second=4,

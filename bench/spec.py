@@ -236,8 +236,18 @@ class RunSpec(BaseModel):
 
     @property
     def agent_config(self) -> AgentConfig:
-        """The algorithm's configuration object."""
-        return self.agent.Config(**self.config)
+        """The algorithm's configuration object. Raises SpecError if it has other fields here."""
+        try:
+            return self.agent.Config(**self.config)
+        except ValidationError as error:
+            wrong = [explain(self.algorithm, problem) for problem in error.errors()]
+            raise SpecError("\n".join(wrong)) from None
+
+    @property
+    def changed_protocol(self) -> list[str]:
+        """Fields of the protocol that the user set."""
+        fields = type(self.protocol).model_fields
+        return sorted(k for k, source in self.sources.items() if source == "user" and k in fields)
 
     def make_agent(self, device: str = "cpu") -> Agent:
         """The untrained agent. Raises SpecError if its algorithm or the suite is not here."""
@@ -360,7 +370,7 @@ def variant_values(agent: type[Agent], name: str, variant: str) -> dict[str, Any
         return {}
     for pattern, values in agent.VARIANTS.items():
         fields = re.findall(r"\{(\w+)\}", pattern)
-        number = r"(?P<\1>\\d{1,9}(?:[.]\\d{1,9})?)"
+        number = r"(?P<\1>(?:0|[1-9]\\d{0,8})(?:[.]\\d{1,9})?)"
         regex = re.sub(r"\\\{(\w+)\\\}", number, re.escape(pattern))
         if found := re.fullmatch(regex, variant):
             texts = {field: found[field] for field in fields}
@@ -504,6 +514,9 @@ def _build(
     problems = [f"{owner}: {k}={values.pop(k)}: not a finite number" for k in strange]
     try:
         built = model(**values)
+        for key, value in built:  # "Infinity" is text until a field takes it for a number
+            if isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{owner}: {key}={value}: not a finite number")
     except ValidationError as error:
         problems += [explain(owner, problem) for problem in error.errors()]
     if problems:

@@ -21,7 +21,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -569,8 +569,9 @@ def open_run(out: Path, run: str) -> RunStore:
 
     Raises SpecError if no run or more than one fits.
     """
-    if (Path(run) / "spec.json").exists():
-        return RunStore(Path(run))
+    with suppress(OSError):  # of a name too long for a file
+        if any((Path(run) / name).exists() for name in ("spec.json", "status.json")):
+            return RunStore(Path(run))
     found = find(out, run)
     if len(found) == 1:
         return found[0]

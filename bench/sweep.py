@@ -437,6 +437,7 @@ class Sweep:
     def _ended(self, job: Job, end: Exit) -> None:
         log = job.store.log_since(job.log_start)
         job.warnings = _warnings(log)
+        job.error = ""
         if end.code == 0:
             job.outcome = "done"
         elif end.code == EXIT_INTERRUPTED or (
@@ -448,7 +449,7 @@ class Sweep:
         else:
             lost, job.error = _why(job, end, log)
             job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
-            if lost:
+            if job.store.status()["state"] != "failed":  # its own process could not say so
                 _record_failure(job)
 
 
@@ -465,7 +466,10 @@ def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
         return True, (
             "the process hung and was ended (a simulator that does not answer?); log.txt says where"
         )
-    error = str(status.get("error") or f"exit code {end.code}, see log.txt")
+    said = [line.strip() for line in log.splitlines() if line.strip()] or ["see log.txt"]
+    error = f"exit code {end.code}: {said[-1][:300]}"
+    if status["state"] == "failed":
+        error = str(status.get("error") or error)
     if (free := shutil.disk_usage(job.store.path).free) < FULL_DISK_BYTES:
         # Neither status nor log may have found room for the reason.
         error = f"the disk of {job.store.path} is full ({size(free)} free)"

@@ -434,13 +434,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--wait-seconds", type=float, default=LOOK_SECONDS,
         help="wait this many seconds for another process of this machine that trains the run",
     )  # fmt: skip
+    parser.add_argument(
+        "--parent", type=int, default=os.getppid(),
+        help="stop at the end of the episode once this process has not this parent any more",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1 is needed")
     torch.set_num_threads(options.threads)
     machine.keep_freed_memory()
     store = RunStore(options.run)
-    stop = _StopRequest(store)
+    stop = _StopRequest(store, options.parent)
     try:
         device = machine.resolve_device(options.device)
         train(
@@ -476,9 +480,8 @@ class _StopRequest:
     """True once a signal or a file asked for the end, or the process that started this one is
     gone."""
 
-    def __init__(self, store: RunStore) -> None:
-        self._store, self._asked = store, False
-        self._parent = os.getppid()
+    def __init__(self, store: RunStore, parent: int) -> None:
+        self._store, self._asked, self._parent = store, False, parent
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 

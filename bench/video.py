@@ -75,7 +75,8 @@ def film(policy: Policy, envs: VectorEnv, seed: int) -> np.ndarray:
 
     Raises RenderError where no picture can be had.
     """
-    obs = envs.reset(evaluation_seeds(envs.spec.task_names, seed, [0] * envs.envs_per_task))
+    names, positions = envs.spec.task_names, envs.spec.positions
+    obs = envs.reset(evaluation_seeds(names, seed, [0] * envs.envs_per_task, positions))
     pictures = [envs.render()]
     for step in range(1, envs.spec.horizon + 1):
         obs = envs.step(policy(obs)).obs

@@ -132,11 +132,11 @@ def setting_warnings(section: Section) -> tuple[str, ...]:
     if section.copies:
         out.append(f"Copies of runs count once: left out {_some(section.copies)}.")
     without = section.runs[section.runs["taskless"] & (section.runs["origin"] != "")]
-    for name, of_name in without.groupby("label"):
-        seen = section.metrics[section.metrics["run"].isin(of_name["run"])]
+    for label, of_label in without.groupby("label"):
+        seen = section.metrics[section.metrics["run"].isin(of_label["run"])]
         named = set(seen["task"]) - {"", WITHOUT_TASKS}
         why = f"names tasks that are not ours ({_some(sorted(named))})" if named else "has no tasks"
-        out.append(f"{name} was imported and {why}: it is in the curves, not in the tables.")
+        out.append(f"{label} was imported and {why}: it is in the curves, not in the tables.")
     short = section.runs[section.runs["finished"] & (section.runs["step"] > 0)]
     short = short[short["step"] < 0.9 * short["steps_per_task"]]
     out += [

@@ -84,14 +84,14 @@ def load(
     module, _, function = target.partition(":")
     try:
         make = getattr(import_module(module), function)
+        suite = make(name, goals=goals, reward_version=reward_version, horizon=horizon)
     except Exception as error:
-        if prefix in _LOADERS:
+        if prefix in _LOADERS or isinstance(error, ValueError):  # it says what is wrong
             raise
         raise ValueError(
             f"suites {prefix!r}... are registered as {target} by an installed package, but cannot "
             f"be loaded: {type(error).__name__}: {error}"
         ) from None
-    suite = make(name, goals=goals, reward_version=reward_version, horizon=horizon)
     if not isinstance(suite, Suite):
         raise ValueError(f"suite {name!r}: {target} made a {type(suite).__name__} and no Suite")
     return suite

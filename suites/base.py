@@ -29,6 +29,15 @@ class SuiteSpec:
     horizon: int
     """Steps per episode; every episode ends by truncation there."""
 
+    positions: int | None = None
+    """How many places a task's goal is drawn from; None: any in its range. Among them an episode
+    takes the one of its seed's number, modulo their count."""
+
+    def __post_init__(self) -> None:
+        for name in self.task_names:  # a cell of metrics.csv, and a file's name
+            if not name or not name.isprintable() or set(name) & set(',"/\\') or name[0] == ".":
+                raise ValueError(f"suite {self.name!r}: {name!r} is no name for a task")
+
     @property
     def num_tasks(self) -> int:
         """T, the number of tasks."""

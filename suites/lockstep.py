@@ -11,8 +11,10 @@ dies, however it dies, ends its workers, and a worker that dies is noticed at on
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import signal
+import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,10 +278,16 @@ def _end(pipe: Any, process: Any) -> None:
     process.close()
 
 
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
+
+
 def _serve(pipe: Any, make_shard: Callable[[], Shard]) -> None:
     """A worker's life: make the shard, then obey until told to close or the parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to all processes: the parent decides
+    if sys.platform == "linux":  # one that hangs never looks at its pipe
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             shard = make_shard()

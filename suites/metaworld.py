@@ -45,10 +45,12 @@ _CAMERA, _PICTURE = "corner", (240, 320)
 def load(name: str, *, goals: str, reward_version: str, horizon: int) -> MetaWorld:
     """The suite of this name; raises ValueError for a name or task that does not exist."""
     kind, tasks = _parse(name)
-    spec = SuiteSpec(name=name, task_names=tasks, obs_dim=39, action_dim=4, horizon=horizon)
-    return MetaWorld(
-        spec, fixed=kind == "fixed", benchmark=goals == "benchmark50", reward_version=reward_version
-    )
+    fixed, benchmark = kind == "fixed", goals == "benchmark50"
+    spec = SuiteSpec(
+        name=name, task_names=tasks, obs_dim=39, action_dim=4, horizon=horizon,
+        positions=_GOALS_PER_TASK if benchmark and not fixed else None,
+    )  # fmt: skip
+    return MetaWorld(spec, fixed=fixed, benchmark=benchmark, reward_version=reward_version)
 
 
 class MetaWorld(Suite):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from test_cli import Done, bench
 
 import algorithms
-from bench.spec import SpecError, folder, preset_names
+from bench.spec import RunSpec, SpecError, folder, preset_names
 from bench.sweep import Request, expand, read_grid, told
+from suites.base import SuiteSpec
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=30)
 WORDS = st.text(string.ascii_lowercase + string.digits + "_@:.-", min_size=1, max_size=12)
@@ -289,7 +290,8 @@ def test_a_grid_is_read_as_people_save_it_and_told_all_that_is_wrong(tmp_path: P
     [
         ("--threads", "100000"), ("--workers", "99999999999"), ("--workers", "\u0661"),
         ("--hang-seconds", "inf"), ("--hang-seconds", "1e-9"), ("--disk-budget", "0"),
-        ("--seeds", "\u0661"),
+        ("--seeds", "\u0661"), ("--preset", ""), ("--set", "reward_scale=Infinity"),
+        ("--set", "goals=benchmark50"),
     ],
 )  # fmt: skip
 def test_what_no_machine_can_do_is_refused_before_anything_is_made(
@@ -300,5 +302,25 @@ def test_what_no_machine_can_do_is_refused_before_anything_is_made(
     done = bench("run", "--algos", "mega", "--suite", "toy", "--preset", "smoke", *seeds,
                  "--out", str(out), option, value)  # fmt: skip
     assert done.returncode == 2
-    assert option in done.stderr or "seeds" in done.stderr
+    named = value.partition("=")[0] if option == "--set" else option.strip("-")
+    assert named in done.stderr
     assert not out.exists()
+
+
+def test_workers_are_for_this_machine(tmp_path: Path) -> None:
+    done = bench("run", "--algos", "mega", "--suite", "toy", "--seeds", "1", "--workers", "4",
+                 "--out", str(tmp_path / "out"), "--launcher", "slurm")  # fmt: skip
+    assert done.returncode == 2
+    assert "--workers 4 is for this machine" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["push, pull", "../x", "", "a\nb", ".hidden"])
+def test_a_tasks_name_fits_in_a_file(name: str) -> None:
+    with pytest.raises(ValueError, match="is no name for a task"):
+        SuiteSpec(name="mine", task_names=(name,), obs_dim=1, action_dim=1, horizon=1)
+
+
+def test_a_number_in_a_variants_name_is_written_one_way() -> None:
+    with pytest.raises(SpecError, match="unknown variant mega@fixed016"):
+        RunSpec.resolve("mega@fixed016", "toy", 0)

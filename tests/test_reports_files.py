@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from test_cli import BENCH, bench
 
 from bench import frames, video
 from bench.spec import RunSpec, parse_overrides
-from bench.store import RunStore
+from bench.store import RunStore, StoreError
 from bench.sweep import ablations
 from reports import (
     FIGURES,
@@ -382,6 +383,38 @@ def test_a_cut_snapshot_costs_one_run(runs: Path) -> None:
     snapshot = next(runs.rglob("probe/0*.npz"))
     snapshot.write_bytes(snapshot.read_bytes()[:-30])
     assert len(frames.load(runs)["unreadable"]) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.partition("\n")[2],
+        lambda text: text.replace("kind", "knd", 1),
+        lambda text: text + "4000,eval,reach,success,0x5,10\n",
+        lambda text: text + "many,eval,reach,success,5,10\n",
+        lambda text: text[:-3],
+    ],
+)
+def test_damaged_metrics_cost_one_run(runs: Path, damage: Callable[[str], str]) -> None:
+    (original,) = runs.glob("toy/mega/*")
+    shutil.copytree(original, damaged := original.with_name("9-0123456789"))
+    (damaged / "SHA256SUMS").unlink()
+    metrics = damaged / "metrics.csv"
+    metrics.write_text(damage(metrics.read_text()))
+    loaded = Results(**frames.load(runs))
+    assert set(loaded.unreadable) <= {"toy/mega/9-0123456789"}
+    assert len(loaded.runs) + len(loaded.unreadable) == 2
+    assert "because of an error" not in build(loaded, runs / "page", formats=()).read_text()
+
+
+def test_a_snapshot_with_any_byte_wrong_costs_one_run(runs: Path) -> None:
+    snapshot = next(runs.rglob("probe/0*.npz"))
+    whole = snapshot.read_bytes()
+    for place in range(0, min(len(whole), 400), 3):
+        for bit in (1, 8, 64):
+            snapshot.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with contextlib.suppress(StoreError):
+                frames.read_probes(RunStore(snapshot.parent.parent))
 
 
 def test_report_compares_imports_and_exports(runs: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT50_V3
 from scipy.spatial.transform import Rotation
 
 import suites
+from bench.evaluate import evaluation_seeds
 from suites.base import SimulatorError, Step, Suite, SuiteSpec, VectorEnv, stream
 from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
 from suites.metaworld import _Sawyer, benchmark_positions
@@ -366,6 +367,17 @@ def test_benchmark_goals_are_those_of_metaworld(
         assert (all_goals == obs[0, 0, 36:38]).all(-1).any()
 
 
+def test_fifty_episodes_have_each_benchmark_goal_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    suite = suites.load("custom_rand:push-v3+reach-v3", goals="benchmark50", horizon=1)
+    seeds = evaluation_seeds(suite.spec.task_names, 3, range(50), suite.spec.positions)
+    with contextlib.closing(suite.make(seed=0)) as envs:
+        goals = np.stack([envs.reset(seeds[:, [k]])[:, 0, 36:39] for k in range(50)], 1)
+    assert [len(np.unique(of_task, axis=0)) for of_task in goals] == [50, 50]
+
+
 def test_benchmark_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     task = "door-open-v3"
@@ -619,6 +631,51 @@ def test_results_that_are_not_finite() -> None:
         env.step(action)
 
 
+def _alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+STUCK = """
+import multiprocessing, time
+from suites.lockstep import _Worker
+
+class Stuck:
+    def step(self):
+        while True:
+            pass
+
+if __name__ == "__main__":
+    worker = _Worker("stuck", Stuck)
+    worker.submit("step")
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_a_worker_that_hangs_ends_with_its_run(tmp_path: Path) -> None:
+    """It never looks at its pipe again: the system ends it."""
+    (script := tmp_path / "stuck.py").write_text(STUCK)
+    paths = os.pathsep.join([str(Path(suites.__file__).parents[1]), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert _alive(worker)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(worker)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_simulator_that_cannot_be_built(workers: int) -> None:
     with pytest.raises(SimulatorError, match=r"task b, environment 1.* 13: .*no model file"):
@@ -652,6 +709,7 @@ SCRIPT = """
 import os, signal, sys, time, multiprocessing
 import numpy as np
 import suites
+from bench.evaluate import evaluation_seeds
 
 if __name__ == "__main__":
     env = suites.load("toy", horizon=5).make(seed=0, workers=2)
