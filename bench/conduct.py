@@ -232,23 +232,17 @@ def _print_plan(
 ) -> None:
     todo = [job for job in jobs if job.outcome == "pending"]
     for chosen in (preset(name) for name in sorted({job.spec.preset for job in jobs})):
+        of_preset = [job for job in jobs if job.spec.preset == chosen.name]
         scale = "Full scale" if chosen.full_scale else "Reduced scale"
-        changed = sorted(
-            {
-                f"{key}={getattr(job.spec.protocol, key)}"
-                for job in jobs if job.spec.preset == chosen.name
-                for key in job.spec.changed_protocol
-            }
-        )  # fmt: skip
-        if changed:
-            scale = f"With {', '.join(changed)} a scale of its own, else"
-        console.print(f"{scale}, preset {chosen.name}: {chosen.description}")
-        small = [job for job in todo if job.spec.preset == chosen.name and not chosen.full_scale]
-        if small:
+        changed = {f"{k}={getattr(job.spec.protocol, k)}" for job in of_preset
+                   for k in job.spec.changed_protocol}  # fmt: skip
+        but = f" but for {', '.join(sorted(changed))}" if changed else ""
+        papers = ""
+        if not chosen.full_scale:
             with spinner(console, "measuring the papers' scale"):
-                hours = _paper_hours(small, meter, of_papers)
-            here = f": a run on this machine, {hours}" if hours else ""
-            console.print(f"The papers' scale is --preset paper{here}")
+                hours = _paper_hours([job for job in of_preset if job in todo], meter, of_papers)
+            papers = " The papers' scale is --preset paper" + (hours and f": a run here, {hours}")
+        console.print(f"{scale}{but}, preset {chosen.name}: {chosen.description}{papers}")
     already = sum(job.outcome == "skipped" for job in jobs)
     busy = sum(job.outcome == "busy" for job in jobs)
     resumed = sum(job.store.status().get("step", 0) > 0 for job in todo)

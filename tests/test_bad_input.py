@@ -322,5 +322,5 @@ def test_a_tasks_name_fits_in_a_file(name: str) -> None:
 
 
 def test_a_number_in_a_variants_name_is_written_one_way() -> None:
-    with pytest.raises(SpecError, match="unknown variant mega@fixed016"):
+    with pytest.raises(SpecError, match="unknown variant 'mega@fixed016'"):
         RunSpec.resolve("mega@fixed016", "toy", 0)

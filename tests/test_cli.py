@@ -196,8 +196,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
     done = bench("run", "--algos", "mt_sac", *TOY, "--seeds", "3", "--dry-run", "--out", str(out))
     assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[0]
-    assert first.startswith("Reduced scale")
-    assert "--preset paper" in done.stdout
+    assert first.startswith("Reduced scale but for eval_episodes=2, ")
+    assert "--preset paper" in first
     assert "3 runs" in done.stdout
     assert "3 to train" in done.stdout
     assert "Estimated" in done.stdout
@@ -397,7 +397,7 @@ def test_interrupt_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, output
-    (row,) = statuses(tmp_path / "out")
+    (row,) = (row for row in statuses(tmp_path / "out") if "/mt_sac/" in str(row["run"]))
     assert row["state"] == "interrupted"
     assert 0 < int(str(row["step"])) < 20000
     again = bench(*command, "--dry-run")
