@@ -18,7 +18,8 @@ the community. `Community` is asked which genotype runs an episode and told the 
    rounded up, that is 2 of 3 (MT10) and 2 of 4 (MT50). An odd number is filled with a mutant last.
    Children that one optimisation inserts are not parents in the same optimisation.
 3. A generation is P * max_evaluate_times episodes of the task, and fitness is the mean return over
-   this generation's episodes, so that an old lucky return does not rule for ever.
+   this generation's episodes, so that an old lucky return does not rule for ever. With several
+   environments per task, an episode that an earlier generation began counts for none.
 4. Unevaluated genotypes are taken in order of rank, the last generation's best first.
 5. A child equal to a living genotype of its task is mutated until it differs: with one survivor,
    "two random" parents are one and the same and most crossovers would clone it.
@@ -388,9 +389,32 @@ class GeneticSettings:
         return min(max(worst, 1), self.population_size - 1)
 
     @property
+    def survivors(self) -> int:
+        """How many it keeps."""
+        return self.population_size - self.abandoned
+
+    @property
     def crossed(self) -> int:
         """How many of them crossover breeds: of each pair one, the others are mutants (Alg. 1)."""
         return self.abandoned // 2
+
+
+def hamming(population: Sequence[Bits]) -> float:
+    """Mean pairwise Hamming distance of genotypes (L,), as a share of their length."""
+    bits = np.stack(population)  # (P, L)
+    members, size = bits.shape
+    ones = bits.sum(axis=0, dtype=np.int64)
+    return float((ones * (members - ones)).sum() / (size * members * (members - 1) / 2))
+
+
+def padded(genotypes: Sequence[Sequence[Bits]], shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Genotypes [T][P] as ``shape`` (T, P) and L, -1 where there is none or it has ended."""
+    longest = max((len(bits) for row in genotypes for bits in row), default=0)
+    out = np.full((*shape, longest), -1, dtype=np.int8)
+    for task, row in enumerate(genotypes):
+        for member, bits in enumerate(row):
+            out[task, member, : len(bits)] = bits
+    return out
 
 
 class GenotypeTable:
@@ -459,6 +483,8 @@ class _Flight:
 
     genotype: Genotype
     counts: bool
+    generation: int
+    """The task's when it began."""
 
 
 class Community:
@@ -493,6 +519,7 @@ class Community:
         self._culled = np.zeros(len(stages), dtype=np.int64)
         self._flights: list[dict[int, _Flight]] = [{} for _ in stages]
         self._champions: list[Genotype | None] = [None] * len(stages)
+        self._judged: list[list[tuple[int, float]]] = [[] for _ in stages]
         self._populations = [self._random_population(task) for task in range(len(stages))]
 
     def population(self, task: int) -> tuple[Genotype, ...]:
@@ -538,7 +565,7 @@ class Community:
             genotype = _choose(self._populations[task], self._rng)
         else:
             genotype = self._due(task) or self.draw(task)
-        flights[env] = _Flight(genotype, counts=not warmup)
+        flights[env] = _Flight(genotype, not warmup, int(self.generation[task]))
         return genotype
 
     def in_flight(self, task: int, env: int) -> Genotype:
@@ -559,10 +586,10 @@ class Community:
     def tell(self, task: int, env: int, return_: float, learnt: Learnt | None = None) -> bool:
         """The episode under way there ended; True if that completed a generation and bred the next.
 
-        The return goes to the very genotype that was asked for, if it still lives; an episode of
-        one that was replaced meanwhile counts for nothing. ``learnt``: asked, before breeding, for
-        the bits that each of the task's genotypes has come to during the generation, by whose
-        returns it is still judged; bits that changed are unevaluated from then on. Raises
+        The return goes to the very genotype that was asked for, if its generation still lasts and
+        it still lives; otherwise the episode counts for nothing (Departure 3). ``learnt`` gives the
+        bits that each genotype of the task has come to. It is asked after the generation is judged
+        and before the next is bred; a genotype whose bits changed counts as unevaluated. Raises
         RuntimeError if no episode is under way, ValueError if the return is not finite.
         """
         genotype = self.in_flight(task, env)
@@ -570,7 +597,7 @@ class Community:
             raise ValueError(f"the return of an episode of task {task} is {return_}")
         flight = self._flights[task].pop(env)
         population = self._populations[task]
-        if not flight.counts or genotype not in population:
+        if not self._is_of_this_generation(task, flight) or genotype not in population:
             return False
         genotype.evaluations += 1
         genotype.lived += 1
@@ -580,7 +607,9 @@ class Community:
         genotype.count += 1
         if not self._complete(population):
             return False
-        self._champions[task] = self._ranked(task)[0]
+        ranked = self._ranked(task)
+        self._champions[task] = ranked[0]
+        self._judged[task] = [(genotype.id, genotype.fitness) for genotype in ranked]
         changed = self._inherit(task, learnt)
         self._replace(task, self._optimised(task))
         for genotype in changed:
@@ -590,6 +619,7 @@ class Community:
 
     def clear_fitness(self) -> None:
         """Restart every generation, best first: the networks behind the returns are no more."""
+        self._champions = [None] * len(self._champions)
         for task, population in enumerate(self._populations):
             self._populations[task] = self._ranked(task)
             for genotype in population:
@@ -597,12 +627,16 @@ class Community:
             for flight in self._flights[task].values():
                 flight.counts = False
 
+    def _is_of_this_generation(self, task: int, flight: _Flight) -> bool:
+        return flight.counts and flight.generation == self.generation[task]
+
     def _due(self, task: int) -> Genotype | None:
-        """The genotype that most lacks evaluations, those under way included, if one does."""
+        """The genotype that most lacks evaluations, those under way included, if one does: of the
+        unevaluated the first, so the last generation's best (Departure 4)."""
         least, due = self._evaluations_each, None
         for genotype in self._populations[task]:
             under_way = sum(
-                flight.genotype is genotype and flight.counts
+                flight.genotype is genotype and self._is_of_this_generation(task, flight)
                 for flight in self._flights[task].values()
             )
             if genotype.evaluations + under_way < least:
@@ -616,7 +650,7 @@ class Community:
 
     def _complete(self, population: list[Genotype]) -> bool:
         evaluations = [genotype.evaluations for genotype in population]
-        # With several environments per task, episodes of survivors may arrive before the children's
+        # With several environments per task, some genotypes' later episodes may end before others'
         # first; so no genotype is judged unevaluated. With one environment the sum decides.
         return (
             sum(evaluations) >= len(population) * self.settings.max_evaluate_times  # Departure 3
@@ -760,15 +794,8 @@ class Community:
         return bits
 
     def hamming(self) -> NDArray[np.float64]:
-        """(T,) mean pairwise Hamming distance in each population as a share of the length."""
-        distances = np.empty(len(self._populations))
-        for task, population in enumerate(self._populations):
-            bits = np.stack([genotype.bits for genotype in population])  # (P, L)
-            members, size = bits.shape
-            ones = bits.sum(axis=0, dtype=np.int64)
-            pairs = size * members * (members - 1) / 2
-            distances[task] = (ones * (members - ones)).sum() / pairs
-        return distances
+        """(T,) `hamming` of each population."""
+        return np.array([hamming([g.bits for g in population]) for population in self._populations])
 
     def clone_rate(self) -> NDArray[np.float64]:
         """(T,) share of the children so far that came out equal to a living genotype of their task.
@@ -782,15 +809,19 @@ class Community:
 
         genotypes (T, P, L) int8, padded with -1; lengths, evaluations (T, P) int64; fitness (T, P),
         nan where unevaluated; best (T,), index of `best`; hamming, clone_rate, generation (T,);
-        gone (T,), genotypes replaced so far, and culled (T,), those of them never evaluated.
+        gone (T,), genotypes replaced so far, and culled (T,), those of them never evaluated. And of
+        the last complete generation, best first: judged (T, P, L) as genotypes, and judged_fitness
+        (T, P), -1 and nan before there was one.
         """
+        judged = [[self.table[number] for number, _ in task] for task in self._judged]
+        fitness = np.full((len(judged), self.settings.population_size), np.nan)
+        for task, found in enumerate(self._judged):
+            fitness[task, : len(found)] = [value for _, value in found]
         lengths = np.array([[len(g.bits) for g in p] for p in self._populations])
-        genotypes = np.full((*lengths.shape, lengths.max()), -1, dtype=np.int8)
-        for task, population in enumerate(self._populations):
-            for member, genotype in enumerate(population):
-                genotypes[task, member, : len(genotype.bits)] = genotype.bits
         return {
-            "genotypes": genotypes,
+            "genotypes": padded([[g.bits for g in p] for p in self._populations], lengths.shape),
+            "judged": padded(judged, lengths.shape),
+            "judged_fitness": fitness,
             "lengths": lengths,
             "fitness": np.array([[g.fitness for g in p] for p in self._populations]),
             "evaluations": np.array([[g.evaluations for g in p] for p in self._populations]),
@@ -811,7 +842,7 @@ class Community:
             return [population.index(genotype) if genotype in population else -1, genotype.id]
 
         in_flight = [
-            [task, env, *place(task, flight.genotype), int(flight.counts)]
+            [task, env, *place(task, flight.genotype), int(flight.counts), flight.generation]
             for task, flights in enumerate(self._flights)
             for env, flight in flights.items()
         ]
@@ -834,6 +865,7 @@ class Community:
             ],
             "in_flight": in_flight,
             "champions": champions,
+            "judged": [[list(pair) for pair in task] for task in self._judged],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -865,8 +897,14 @@ class Community:
             return Genotype(number, self.table[number]) if gone else self._populations[task][member]
 
         self._flights = [{} for _ in self._populations]
-        for task, env, member, number, counts in state["in_flight"]:
-            self._flights[task][env] = _Flight(at(task, member, number), bool(counts))
+        # Earlier checkpoints know neither in which generation a flight began nor what was judged.
+        for task, env, member, number, counts, *began in state["in_flight"]:
+            genotype, (generation,) = at(task, member, number), began or [self.generation[task]]
+            self._flights[task][env] = _Flight(genotype, bool(counts), int(generation))
+        self._judged = [
+            [(number, fitness) for number, fitness in task]
+            for task in state.get("judged", [[] for _ in self._populations])
+        ]
         self._champions = [
             None if place is None else at(task, *place)
             for task, place in enumerate(state["champions"])

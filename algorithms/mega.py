@@ -17,7 +17,8 @@ W the width of every m, P genotypes per task.
     fitness of a genotype: the returns of the training episodes that it ran         (Sec. 4.3)
     stage N -> N + 1 where a task is neither solved nor making progress             (Sec. 4.4)
 
-The task enters the actor through its genotype alone. Critics are D2R's (`algorithms.routing`).
+The task enters the actor through its genotype alone, unless ``task_identity`` says so. Critics are
+D2R's (`algorithms.routing`).
 
 **Departures** and readings where the paper is silent; those of the genetic algorithm are listed in
 `algorithms.genetic`.
@@ -64,7 +65,9 @@ from algorithms.genetic import (
     Growth,
     Learnt,
     Weighting,
+    hamming,
     modules_used,
+    padded,
     weight_intervals,
 )
 from algorithms.mega_health import findings
@@ -103,8 +106,8 @@ class MEGAConfig(SACConfig):
     max_evaluate_times: Annotated[int, Field(ge=1)] = 2
     """Episodes per genotype of a generation (Table 3)."""
     generation: Literal["episodes", "all_twice"] = "episodes"
-    """What ends a generation: N_P x max_evaluate_times episodes, or max_evaluate_times of each
-    genotype."""
+    """What ends a generation (Sec. 4.3): N_P x max_evaluate_times episodes, or max_evaluate_times
+    of each genotype."""
     fitness: Literal["generation", "running_mean", "last"] = "generation"
     """Mean return of this generation, of the genotype's life, or the latest (Sec. 4.3). Every
     generation evaluates its survivors anew, whichever it is."""
@@ -118,7 +121,8 @@ class MEGAConfig(SACConfig):
     parents: Literal["survivors", "before_drop"] = "survivors"
     """Parents are chosen after the worst are dropped (the order of Alg. 1) or before."""
     clones: Literal["mutate", "keep"] = "mutate"
-    """A child equal to a living genotype of its task is mutated until it differs, or kept."""
+    """A child equal to a living genotype of its task is mutated until it differs, or kept (Alg. 1,
+    Departure 5 of `algorithms.genetic`)."""
     crossover_rate: Rate = 0.5
     """r_c (Table 3, Alg. 3)."""
     crossover_cross_threshold: Rate = 0.9
@@ -142,7 +146,8 @@ class MEGAConfig(SACConfig):
     window: Annotated[int, Field(ge=1)] | None = None
     """Training episodes of a task over which its growth is decided (Departure 2). None: a 20th of
     those after the warm-up, 374 for the paper's MT10; in short runs 20 of them, or a fifth of all,
-    because the mean return of fewer says little; and no less than a generation."""
+    because the mean return of fewer says little; and no less than a generation. Genotypes of a new
+    stage act only after their generation's end, so a window should hold one, too."""
     solved_threshold: Rate = 0.5
     """Success rate in a window from which a task counts as completed (Departure 2)."""
     progress_threshold: float = 0.1
@@ -216,7 +221,7 @@ class MEGAConfig(SACConfig):
         if not self.evolve:
             self._unused(
                 "max_stage", "window", "solved_threshold", "progress_threshold", "growth",
-                "replace", because="evolve is false",
+                "replace", "align", because="evolve is false",
             )  # fmt: skip
         elif self.start_stage >= self.max_stage:
             raise ValueError(
@@ -231,7 +236,7 @@ class MEGAConfig(SACConfig):
             )  # fmt: skip
             if self.replace == "at_optimise":
                 self._unused("growth", because="optimise is random, and replace at_optimise")
-        elif not genetic.crossed:
+        elif self.population_size and not genetic.crossed:
             self._unused(
                 "crossover_rate", "crossover_cross_threshold",
                 because="one genotype is dropped at a time, and what replaces it is a mutant",
@@ -563,21 +568,27 @@ class MEGA(SAC):
     # ------------------------------------------------------------------------------------ records
 
     def probe(self) -> dict[str, np.ndarray]:
-        """Stages, their increases, populations, modules used, and the reachable weights."""
+        """Stages, their increases, populations (`Community.probe`), the genotypes that evaluation
+        runs (T, L), their modules, and the reachable weights."""
         stage, community = self.community.stage, self.community.probe()
         acting = [self.evaluated(task) for task in range(self.suite.num_tasks)]
         bits = [genotype.bits for genotype in acting]
         if self.relaxation is not None:  # the bits nearest to the decimals that act
-            for task, member in np.ndindex(*community["lengths"].shape):
-                learnt = self.relaxation.rounded(self.community.population(task)[member])
-                community["genotypes"][task, member, : len(learnt)] = learnt
             bits = [self.relaxation.rounded(genotype) for genotype in acting]
+            tasks = range(self.suite.num_tasks)
+            living = [
+                [self.relaxation.rounded(genotype) for genotype in self.community.population(task)]
+                for task in tasks
+            ]
+            community["genotypes"] = padded(living, community["lengths"].shape)
+            community["hamming"] = np.array([hamming(population) for population in living])
         used = [modules_used(self.decoder.matrix(each)) for each in bits]
         return {
             "stage": stage.copy(),
             "stage_events": np.array(self.stage_events, dtype=np.int64).reshape(-1, 5),
             "cause_names": np.array(CAUSES),
             **community,
+            "evaluated": padded([[each] for each in bits], (len(bits), 1))[:, 0],
             "modules_used": np.array(used, dtype=np.float64),
             "weight_intervals": weight_intervals(
                 int(stage.max()) + 1, self.precision, self.config.offset

@@ -54,20 +54,24 @@ def _diversity(
     )
     if not collapsed.any():
         return Finding("population", "good", words)
+    # One survivor and its mutants is what Alg. 1 makes of three genotypes, of which it drops two.
+    alone = config.genetic(config.population_size, config.precision).survivors == 1
     return Finding(
-        "population", "bad", f"collapsed in {listed(tasks, collapsed)}: {words}",
-        "raise mutation_rate or population_size, or set clones=mutate",
+        "population", "note" if alone else "bad",
+        f"collapsed in {listed(tasks, collapsed)}: {words}",
+        "raise mutation_rate or population_size, or lower abandon_rate: more genotypes survive",
     )  # fmt: skip
 
 
 def _of_copies(lengths: NDArray[np.int64], config: Config) -> NDArray[np.float64]:
     """(T,) mean pairwise Hamming distance, as a share of the length, in a population of copies of
-    one genotype and of its fresh mutants, as many as an optimisation makes."""
+    one genotype and of its fresh mutants, as many as an optimisation makes of them."""
     if config.optimise == "random":
         return np.zeros(len(lengths))
     size = config.population_size
     genetic = config.genetic(size, config.precision)
-    mutants = genetic.abandoned - genetic.crossed
+    # With one genotype to cross, a crossover child is its clone: kept as it is, or mutated.
+    mutants = genetic.abandoned - (genetic.crossed if config.clones == "keep" else 0)
     flipped = np.maximum(np.floor(lengths * config.mutation_rate), 1) / lengths
     apart = mutants * (size - mutants) * flipped  # a copy and a mutant
     apart = apart + mutants * (mutants - 1) / 2 * 2 * flipped * (1 - flipped)  # two mutants
@@ -75,11 +79,18 @@ def _of_copies(lengths: NDArray[np.int64], config: Config) -> NDArray[np.float64
     return distances
 
 
+def _evaluated(probe: dict[str, np.ndarray]) -> NDArray[np.int8]:
+    """The genotype of each task that evaluation runs, (T, L), -1 where it has ended."""
+    if "evaluated" in probe:
+        return probe["evaluated"]
+    best: NDArray[np.int8] = probe["genotypes"][np.arange(len(probe["best"])), probe["best"]]
+    return best  # runs of version 0.1 recorded the fittest so far in the generation under way
+
+
 def _matrices(probe: dict[str, np.ndarray], config: Config) -> NDArray[np.float64]:
-    """The weights of each task's best genotype, (T, N + 1, N + 1) with the highest stage's N."""
-    precision, rows = int(probe["precision"]), np.arange(len(probe["best"]))
-    lengths = probe["lengths"][rows, probe["best"]]
-    best = probe["genotypes"][rows, probe["best"]]
+    """The weights of each task's genotype, (T, N + 1, N + 1) with the N of the longest."""
+    precision, best = int(probe["precision"]), _evaluated(probe)
+    lengths = (best >= 0).sum(1)
     levels = stage_of(int(lengths.max()), precision) + 1
     matrices = np.empty((len(best), levels, levels))
     for size in np.unique(lengths):  # of one stage at a time
@@ -92,17 +103,18 @@ def _matrices(probe: dict[str, np.ndarray], config: Config) -> NDArray[np.float6
 
 def _clusters(probe: dict[str, np.ndarray], config: Config) -> Iterator[Finding]:
     """Whether the genotypes still tell the tasks apart."""
-    flat = _matrices(probe, config).reshape(len(probe["best"]), -1)
+    matrices = _matrices(probe, config)
+    flat = matrices.reshape(len(matrices), -1)
     tasks = len(flat)
     if tasks < 2:
         return
-    bits = probe["lengths"][np.arange(tasks), probe["best"]].tolist()
+    bits = (_evaluated(probe) >= 0).sum(1).tolist()
     levels = np.array([stage_of(count, int(probe["precision"])) + 1 for count in bits])
     # Half the L1 distance of two levels is the share of their input that differs, 0 to 1.
     distance = np.abs(flat[:, None] - flat[None]).sum(-1) / 2 / np.maximum.outer(levels, levels)
     mean = distance.sum() / (tasks * (tasks - 1))
     share = 100 * mean
-    words = f"the best genotypes of two tasks weight {share:.0f} % of what modules read differently"
+    words = f"the genotypes of two tasks weight {share:.0f} % of what modules read differently"
     if mean >= SAME_NETWORK:
         yield Finding("tasks apart", "good", words)
     elif config.task_identity != "genotype":
@@ -188,16 +200,17 @@ def _culled(probe: dict[str, np.ndarray]) -> Iterator[Finding]:
     if culled <= 0.05 * gone:
         yield Finding("evaluation", "good", words)
     else:
-        yield Finding("evaluation", "bad", words, "use replace=at_optimise, or fewer environments")
+        yield Finding("evaluation", "bad", words, "use replace=at_optimise")
 
 
 def _dead_modules(probes: list[dict[str, np.ndarray]], config: Config) -> Iterator[Finding]:
     """Whether some module is read by nobody."""
-    used = np.zeros(int(probes[-1]["stage"].max()), dtype=bool)
-    for probe in probes:
-        for matrix in _matrices(probe, config):
-            reached = modules_reached(matrix)
-            used[: len(reached)] |= reached
+    # A stage that has just risen may be no genotype's yet.
+    matrices = [_matrices(probe, config) for probe in probes]
+    used = np.zeros(max(each.shape[1] for each in matrices) - 1, dtype=bool)
+    for matrix in (matrix for each in matrices for matrix in each):
+        reached = modules_reached(matrix)
+        used[: len(reached)] |= reached
     dead = [f"M_{k}" for k in np.flatnonzero(~used) + 1]
     if not dead:
         yield Finding("modules", "good", f"all {len(used)} modules feed some task's head")

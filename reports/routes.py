@@ -176,7 +176,7 @@ def modules_used(section: Section) -> Drawing:
         figure=made,
         caption=section.caption(
             "Modules that reach the action head. Of genotypes: through weights above 0.01 in the "
-            "best genotype at the end of training; of routes: mean over states of the final "
+            "genotype that the final evaluation runs; of routes: mean over states of the final "
             "evaluation, with the standard deviation over states (bars). Pale points: seeds; "
             "outlined: their mean. Tasks ordered by the means.",
             labels,

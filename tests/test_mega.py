@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from algorithms.agent import Batch, History, Plan
-from algorithms.genetic import Community, GeneticSettings, decode, length, stage_of
+from algorithms.genetic import Community, GeneticSettings, decode, hamming, length, stage_of
 from algorithms.mega import CAUSES, MEGA, Evolution, MEGAConfig
 from algorithms.nn import LayerNorm, Linear, initialise
+from algorithms.routing import RoutedNetwork
 from algorithms.wiring import Decoder, GenotypeNetwork
 from suites.base import Episode, SuiteSpec
 
@@ -664,7 +665,6 @@ def test_evaluation_runs_the_best_of_a_whole_generation(growth: bool) -> None:
         for _ in range(12 if growth else 6):
             end_episode(each, 0, float(each.community.in_flight(0, 0).bits is bits[1]))
     champion = agent.community.champion(0)
-    assert champion.bits is not None
     if growth:
         assert agent.community.stage.tolist() == [4]
         assert champion not in agent.community.population(0)
@@ -742,15 +742,51 @@ def test_update_genotype_behaviour_replays_what_acted() -> None:
     assert agent.community.stage.tolist() == [4, 3]
     extras = torch.from_numpy(np.concatenate(stored, 1))
     assert extras.dtype == torch.int32
-    agent._drawn["policy"] = agent.decoder(extras.numpy())
+    metrics = agent.update(batch(agent, 10, genotype=extras))
+    assert metrics["actor_loss"].isfinite().all()
+    assert agent._drawn["target"] is agent._drawn["policy"]  # of s and s' alike
     tensor = torch.from_numpy(obs)
     with torch.no_grad():
         params, _ = agent.policy(tensor, "policy", {})
         per_task = [[bits[row][task] for row in range(10)] for task in range(2)]
         expected = naive(agent.actor, tensor[None], per_task, 2, 0.99)[0]
     torch.testing.assert_close(params, expected)
-    metrics = agent.update(batch(agent, 10, genotype=extras))
-    assert metrics["actor_loss"].isfinite().all()
+
+
+def test_critics_draw_their_routes_for_their_own_loss_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And at temperatures that follow alpha, from the start, after updates and after resets
+    (Departure 6)."""
+    agent = make(2, critic="module_level", critic_modules=4, router_width=8)
+    networks = {id(agent.critic): "critic", id(agent.target_critic): "target"}
+    asked: list[tuple[str, object]] = []
+    forward = RoutedNetwork.forward
+
+    def heard(self: RoutedNetwork, x: Tensor, route: Any, generator: Any = None) -> Any:
+        asked.append((networks[id(self)], route))
+        return forward(self, x, route, generator)
+
+    monkeypatch.setattr(RoutedNetwork, "forward", heard)
+    with torch.no_grad():
+        agent.log_alpha[:, 0, 0] = torch.tensor([1.0, 0.1]).log()
+    agent.update(batch(agent))
+    assert asked == [("target", "top_k"), ("critic", "sample"), ("critic", "top_k")]
+    for _ in range(2):
+        weight = 1 / agent.log_alpha.detach().exp().flatten()
+        for network in (agent.critic, agent.target_critic):
+            expected = (2 * weight / weight.sum()).expand(2, 2)
+            torch.testing.assert_close(network.temperature.detach(), expected)
+        agent.reset()
+
+
+def test_settings_that_only_some_suites_make_idle_are_taken() -> None:
+    """Of three genotypes one is dropped at a time, of MT50's four two, and one is crossed."""
+    config = MEGAConfig(abandon_rate=0.3, crossover_rate=0.3)
+    plan = Plan(1_000_000, 200, 2_000)
+    assert config.for_run(suite_of(50), plan).population_size == 4
+    with pytest.raises(ValidationError, match="crossover_rate"):
+        config.for_run(suite_of(10), plan)
 
 
 def test_evolution_by_hand() -> None:
@@ -853,7 +889,7 @@ def test_probe_is_complete() -> None:
     expected = {
         "stage", "stage_events", "cause_names", "genotypes", "lengths", "fitness", "evaluations",
         "best", "modules_used", "hamming", "clone_rate", "generation", "weight_intervals",
-        "precision", "gone", "culled",
+        "precision", "gone", "culled", "judged", "judged_fitness", "evaluated",
     }  # fmt: skip
     assert probe.keys() == expected
     assert agent.seconds["genetic"] > 0
@@ -891,6 +927,7 @@ def test_a_sound_run_is_healthy() -> None:
     found = verdicts(agent)
     # The population is one survivor and its children: crossover has one parent (Alg. 1's order).
     assert found.pop("clones")[0] == "note"
+    assert found.pop("population")[0] in ("good", "note")
     assert {result for result, _ in found.values()} == {"good"}
     # Ten generations in each of four tasks, two genotypes replaced in each.
     assert "0 of 80" in verdicts(agent)["evaluation"][1]
@@ -902,14 +939,14 @@ def test_health_names_each_failure() -> None:
     probe = agent.probe()
     same = probe | {
         "hamming": np.array([0.01, 0.3, 0.3, 0.02]),
-        "genotypes": np.repeat(np.repeat(probe["genotypes"][:1, :1], 4, 0), 3, 1),
+        "evaluated": np.repeat(probe["evaluated"][:1], 4, 0),
         "clone_rate": np.full(4, 0.8),
         "gone": np.full(4, 10), "culled": np.array([0, 5, 0, 0]),
     }  # fmt: skip
     found = verdicts(agent, probe=same, updates={"masked": flat * [0.9, 0, 0, 0],
                                                  "alpha": flat * [1e-5, 1, 1, 1]})  # fmt: skip
     for check, result, words in (
-        ("population", "bad", "2 of 4 tasks (task-0, task-3)"),
+        ("population", "note", "2 of 4 tasks (task-0, task-3)"),
         ("tasks apart", "bad", "one cluster"),
         ("evaluation", "bad", "5 of 40"),
         ("clones", "note", "80 % of the children"),
@@ -956,14 +993,46 @@ def test_collapse_is_found_where_breeding_cannot_leave_one_genotype() -> None:
         "clones": "keep", "crossover_cross_threshold": 1.0, "mutation_cross_threshold": 1.0,
         "window": 1000,
     }  # fmt: skip
-    for size, copies in ((3, "10 %"), (4, "8 %")):
+    for size, result, copies in ((3, "note", "10 %"), (4, "bad", "8 %")):
         agent = make(2, **alone, population_size=size)
         found = verdicts(agent, probe=bred(agent, 20))
-        assert found["population"][0] == "bad"
+        assert found["population"][0] == result  # of three one survives, whatever happens
         assert f"mutants: {copies}" in found["population"][1]
         assert found["clones"][0] == "note"
-    diverse = make(2, window=1000)
-    assert verdicts(diverse, probe=bred(diverse, 20))["population"][0] == "good"
+    # Clones are mutated by default, so a population around one genotype is its mutants.
+    around = make(2, crossover_cross_threshold=1.0, mutation_cross_threshold=1.0, window=1000)
+    found = verdicts(around, probe=bred(around, 20))
+    assert found["population"][0] == "note"
+    assert "mutants: 18 %" in found["population"][1]
+    diverse = make(2, window=1000, population_size=6, abandon_rate=0.2)
+    assert verdicts(diverse, probe=bred(diverse, 5))["population"][0] == "good"
+
+
+def test_a_probe_holds_a_whole_generation_whenever_it_is_taken() -> None:
+    """Probes fall at the same few episodes of a generation: the one under way is known in part."""
+    agent = make(1, window=1000)
+    assert (agent.probe()["judged"] == -1).all()
+    for _ in range(6):
+        end_episode(agent, 0, float(agent.community.in_flight(0, 0).bits.sum()))
+    judged, fitness = (agent.probe()[key][0] for key in ("judged", "judged_fitness"))
+    assert fitness.tolist() == sorted(judged.sum(1).astype(float), reverse=True)
+    end_episode(agent, 0, 0.0)
+    probe = agent.probe()
+    assert (probe["judged"][0] == judged).all()
+    assert (probe["evaluated"][0] == judged[0]).all()  # the champion
+    agent.reset()
+    elite = agent.community.population(0)[0]
+    assert (agent.probe()["evaluated"][0] == elite.bits).all()
+
+
+def test_relaxed_genotypes_and_their_diversity_are_of_the_same_bits() -> None:
+    agent = make(2, relax=True, relax_lr=0.5, window=1000)
+    for _ in range(20):
+        agent.update(batch(agent))
+    probe = agent.probe()
+    for task in range(2):
+        assert probe["hamming"][task] == hamming(list(probe["genotypes"][task].astype(np.uint8)))
+    assert (probe["hamming"] != agent.community.hamming()).any()
 
 
 def test_one_task_of_many_modules_does_not_make_one_cluster_of_the_others() -> None:
@@ -978,7 +1047,7 @@ def test_a_module_that_nobody_reads_is_reported() -> None:
     agent = make(2, offset=1.0)
     bits = np.array([1] * 8 + [1] * 4 + [0, 0, 1, 1, 0, 0, 0, 0], np.int8)
     probe = agent.probe()
-    probe["genotypes"] = np.broadcast_to(bits, (2, 3, 20))
+    probe["evaluated"] = np.broadcast_to(bits, (2, 20))
     found = verdicts(agent, probe=probe)
     assert found["modules"] == (
         "note",
