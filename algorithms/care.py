@@ -11,8 +11,7 @@ Symbols: v_tau a sentence about task tau as a vector of 768; E_1 .. E_k the stat
     output = trunk([e(s), z, (a)])                                      ``layout=textbook`` (Fig. 2)
 
 The context network belongs to the critics and learns from their loss alone; the actor reads it (as
-in the authors' code). Actor and critics have encoders and gates of their own, which is how D2R's
-count comes out. Critics' encoders see the state, the action enters at the trunk.
+in the authors' code). Critics' encoders see the state, the action enters at the trunk.
 
 Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); `textbook` 1.29 M;
 `original`, whose encoders and context are as narrow as CARE's (50), 0.83 M.
@@ -25,7 +24,10 @@ Parameters, actor and one critic: 1.23 M on MT10, 1.26 M on MT50 (D2R Table 8); 
  3. The encoders' targets follow with the critics', at 0.005; the authors' at 0.05.
  4. Attention is the gate's of z alone, as in the authors' code; the paper prints
     softmax_j(<E_j(s), sg(z)>), and in Alg. 1 a network after the mixture.
- 5. Output layers of context network and gate start near zero, as every network's here, so attention
+ 5. Actor and critics have encoders and gates of their own, one of many layouts of D2R's count. The
+    authors' actor reads the critics' encoders, which its loss does not train.
+ 6. The context is the targets' own, which follows slowly; the authors' is the trained one.
+ 7. Output layers of context network and gate start near zero, as every network's here, so attention
     starts uniform; the authors draw them as every layer of theirs (Xavier).
 """
 
@@ -65,7 +67,7 @@ class CAREConfig(SACConfig):
     widen: Annotated[float, Field(gt=0)] = 1.0
     """Times these two widths: CARE's own are 50 (its Sec. 5)."""
     layout: Literal["table", "textbook"] = "table"
-    """What the trunk reads: e(s), s and the one-hot id, which is how D2R's count comes out, or e(s)
+    """What the trunk reads: e(s), s and the one-hot id, with which D2R's count comes out, or e(s)
     and z (CARE Fig. 2)."""
     metadata: Literal["sentence", "learned"] = "sentence"
     """v_tau: a sentence's embedding, or a vector learned for each task."""

@@ -29,8 +29,12 @@ d^i its path (the K sources it reads), p^i their weights, tau the route temperat
  9. Ours: the replay holds a path as 136 bits, not 136 numbers.
 10. Model- and layer-level routing (Sec. 2.3 and 5.4, not in the published code) are our reading,
     see `LayeredNetwork`.
-11. Ours: temperatures alpha step together with the networks, and a time limit is not a terminal
-    state (see `algorithms.sac`); ``d2r@authors`` treats it as one and warms up for 4,000 steps.
+11. Ours: a time limit is not a terminal state, the warm-up 2,000 steps, and the mask of extreme
+    losses looks at them unweighted (see `algorithms.sac`); ``d2r@authors`` has the code's. It does
+    not take over the code's one row index for all tasks, the clipping of alpha's gradient, and
+    actors an epoch behind.
+12. The code's, not in the text: losses weighted by T softmax(-log alpha) (Eq. 15: softmax(-alpha)),
+    temperatures of at most 1, and the initialisation; ``d2r@printed`` has the text's first two.
 """
 
 from __future__ import annotations
@@ -110,6 +114,14 @@ class D2RConfig(SACConfig):
             raise ValueError(f"top_k={self.top_k}: there are {self.modules} sources at most")
         if self.modules % (self.layers or 1):
             raise ValueError(f"modules={self.modules} do not fill layers={self.layers}")
+        width = self.modules // (self.layers or 1)
+        if self.layers and self.top_k is not None and self.top_k >= width:
+            raise ValueError(
+                f"top_k={self.top_k} of the {width} modules of a layer are all: set top_k=none"
+            )
+        if self.top_k == 1 and self.rescale:
+            raise ValueError("top_k=1 needs rescale=false: a rescaled weight of one source is 1, "
+                             "and its router learns nothing")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -136,7 +148,7 @@ class D2R(SAC):
     config: D2RConfig
     PAPER: ClassVar[str] = "He et al. 2023, D2R: multi-task RL with dynamic depth routing"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
-        "authors": {"time_limit": "terminal", "warmup_steps": 4000},
+        "authors": {"time_limit": "terminal", "warmup_steps": 4000, "extreme_loss_weighted": True},
         # Departures 4 to 7 and SAC's weights as the text prints them; 1 to 3 stay the code's.
         "printed": {
             "resroute_shortcut_masked": True, "resroute_threshold": "at_least",
@@ -241,9 +253,10 @@ class D2R(SAC):
         """``routes`` (T, P, M, M): greedy weights (destination, source), the head last;
         ``modules_used`` (T, P): modules that the head reaches along them, at most M."""
         tensor = torch.from_numpy(obs).to(self.device)
-        weights = self.actor(tensor[None], "top_k")[1].matrix()[0]
+        route = self.actor(tensor[None], "top_k")[1]
+        weights = route.matrix()[0]
         # Soft routing weights everything; D2R App. C.3 counts a source above 0.01.
-        edges = weights > (0.01 if self.config.top_k is None else 0)
+        edges = weights > 0.01 if self.config.top_k is None else route.path()[0]
         return {
             "routes": weights.cpu().numpy(),
             "modules_used": modules_used(edges).cpu().numpy(),

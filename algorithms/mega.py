@@ -178,8 +178,9 @@ class MEGAConfig(SACConfig):
     network on [s, a], wired by the genotype that the update draws for the actor."""
     critic_modules: Annotated[int, Field(ge=2)] = 16
     """Modules of a module-level critic (D2R Table 7)."""
-    critic_top_k: Annotated[int, Field(ge=1)] = 2
-    """Sources that each of its modules reads (D2R Sec. 3.1)."""
+    critic_top_k: Annotated[int, Field(ge=2)] = 2
+    """Sources that each of its modules reads (D2R Sec. 3.1); of one alone its router could not
+    learn, whose weights add up to 1."""
     router_width: Annotated[int, Field(ge=1)] = 256
     """Units of its router's two hidden layers (D2R Table 7)."""
     depth: Annotated[int, Field(ge=1)] = 5
@@ -318,7 +319,7 @@ class MEGA(SAC):
         "critic_genotype": {"critic": "genotype"},
         "hybrid": {"relax": True},
         "gradient_only": {"relax": True, "max_evaluate_times": 10**6, "evolve": False},
-        "authors": {"time_limit": "terminal", "warmup_steps": 4000},
+        "authors": {"time_limit": "terminal", "warmup_steps": 4000, "extreme_loss_weighted": True},
         "ars": ARS,
     }
 

@@ -15,7 +15,8 @@ one-hot task id is fed in: the task chooses weights and head.
     layer on a one-hot id.
  2. ``eps`` keeps the normalisation finite where two experts agree (the authors' code has none).
  3. Trained by the shared core, with its loss weights and mask, ``grad_clip`` 1 (the authors: none),
-    log std down to -20 (theirs: -10), actor and critics in one step (theirs: the actor first).
+    log std down to -20 (theirs: -10), temperatures up to 1 (theirs: any), actor and critics in one
+    step (theirs: the actor first, and only after 3,000 transitions per task).
 """
 
 from __future__ import annotations

@@ -8,23 +8,22 @@ Symbols: Phi the K parameter sets, w_tau (K) the compositional vector of task ta
     theta_tau = Phi w_tau,   for every layer's weight and bias                          (Sec. 3)
     pi(a|s) = network(s; theta_tau);   Q(s, a) = network([s, a]; theta_tau)
 
-No one-hot task id is fed in; the task enters through w alone. A task whose loss explodes is left
-out of the step (the shared core's mask), and its w becomes a random convex combination of the
-other tasks' (Sec. 3.4).
+Actor and critics have a Phi each and w in common, which learns from the losses of both; targets use
+it as it is. No one-hot task id is fed in; the task enters through w alone. A task whose loss
+explodes is left out of the step (the shared core's mask), and its w becomes a random convex
+combination of the other tasks' (Sec. 3.4).
 
 Each task's parameters are composed first, so a forward pass is one batched product per layer.
 
 **Departures**
- 1. As in the authors' code, the K sets start alike and w breaks the symmetry; w is drawn as a
-    linear layer's weight, U(+-1/sqrt(T)), plus 1/K, so that networks start near the common set.
- 2. The critics' w and their targets' are reset with the actor's, each by the same convex
-    combination: targets of the old w would be as extreme as what was left.
+ 1. As in the authors' code, the K sets start alike and w, drawn from N(0, 1), breaks the symmetry.
+ 2. w learns at the actor's rate and is clipped with the actor's gradient (the authors: by an
+    optimiser of its own).
  3. Where a preset gives critics LayerNorms, the K sets share them.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Self
 
@@ -34,7 +33,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from algorithms.nn import Init, LayerNorm, draw
-from algorithms.sac import SAC, SACConfig
+from algorithms.sac import SAC, Extras, Phase, SACConfig
 
 
 class PaCoConfig(SACConfig):
@@ -68,8 +67,12 @@ class PaCo(SAC):
     }
 
     actor: ComposedNetwork
-    critic: ComposedNetwork
-    target_critic: ComposedNetwork
+
+    def make_actor(self) -> nn.Module:
+        """s -> mean and log std of the action; w stands here (Departure 2)."""
+        actor = super().make_actor()
+        actor.composition = Composition(self.suite.num_tasks, self.config.sets)
+        return actor
 
     def make_network(
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
@@ -77,52 +80,77 @@ class PaCo(SAC):
         """A network composed for each task."""
         config = self.config
         return ComposedNetwork(
-            inputs, [config.width] * config.depth, outputs, self.suite.num_tasks, config.sets,
+            inputs, [config.width] * config.depth, outputs, config.sets,
             copies=copies, layer_norm=layer_norm,
         )  # fmt: skip
 
+    @property
+    def w(self) -> Tensor:
+        """(1, T, K)."""
+        w: Tensor = self.actor.composition.weight
+        return w
+
+    def policy(self, obs: Tensor, phase: Phase, extras: Extras) -> tuple[Tensor, Extras]:
+        """Gaussian parameters (T, B, 2A)."""
+        output: Tensor = self.actor(obs[None], self.w)
+        return output[0], {}
+
+    def value(self, critic: nn.Module, obs: Tensor, action: Tensor, phase: Phase) -> Tensor:
+        """Q1 and Q2; the actor's loss teaches w through the actor, not through them."""
+        w = self.w if phase == "value" else self.w.detach()
+        output: Tensor = critic(torch.cat([obs, action], -1)[None], w.expand(2, -1, -1))
+        return output
+
     @torch.no_grad()
     def after_update(self, kept: Tensor) -> None:
-        """Give tasks of extreme loss another w: a random convex combination of the others'.
-
-        The critics' as well as the actor's (Departure 2).
-        """
+        """Give tasks of extreme loss another w: a random convex combination of the others'."""
         if not self.config.reset_extreme or self.config.extreme_loss is None:
             return
         draws = torch.rand(len(kept), len(kept), generator=self.noise, device=self.device)
         share = draws * kept  # (T, T), task by source; nothing from tasks that are extreme too
         share = share / share.sum(1, keepdim=True).clamp_min(1e-8)
         renewed = ((1 - kept) * kept.amax())[:, None]  # (T, 1); all extreme: nobody to take from
-        for network in (self.actor, self.critic, self.target_critic):
-            w = network.composition
-            w.copy_(torch.where(renewed > 0, share @ w, w))
+        self.w.copy_(torch.where(renewed > 0, share @ self.w, self.w))
 
     @torch.no_grad()
     def probe(self) -> dict[str, np.ndarray]:
-        """``composition`` (T, K), the actor's w."""
-        return {"composition": self.actor.composition[0].cpu().numpy().copy()}
+        """``composition`` (T, K), w."""
+        return {"composition": self.w[0].cpu().numpy().copy()}
 
     def trace(self, obs: np.ndarray) -> dict[str, np.ndarray]:
         """The same w for every state."""
         return self.probe()
 
 
+class Composition(nn.Module):
+    """w."""
+
+    def __init__(self, tasks: int, sets: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, tasks, sets))
+
+    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
+        """Draw w (Departure 1)."""
+        with torch.no_grad():
+            self.weight.normal_(generator=generator)
+
+
 class ComposedNetwork(nn.Module):
     """An MLP whose parameters are composed for each task, in C independent copies."""
+
+    composition: Composition
 
     def __init__(
         self,
         inputs: int,
         hidden: list[int],
         outputs: int,
-        tasks: int,
         sets: int,
         *,
-        copies: int = 1,
-        layer_norm: bool = False,
+        copies: int,
+        layer_norm: bool,
     ) -> None:
         super().__init__()
-        self.composition = nn.Parameter(torch.empty(copies, tasks, sets))
         sizes = [inputs, *hidden, outputs]
         self.layers = nn.ModuleList(
             ComposedLinear(i, o, sets, copies=copies, last=n == len(hidden))
@@ -132,19 +160,12 @@ class ComposedNetwork(nn.Module):
             LayerNorm(width, copies=copies) if layer_norm else nn.Identity() for width in hidden
         )
 
-    def initialise(self, scheme: Init, generator: torch.Generator) -> None:
-        """Draw w (Departure 1); the layers draw their own parameters."""
-        _, tasks, sets = self.composition.shape
-        bound = 1 / math.sqrt(tasks)
-        with torch.no_grad():
-            self.composition.uniform_(-bound, bound, generator=generator).add_(1 / sets)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
-        x = x.expand(len(self.composition), *x.shape[1:])
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """(C or 1, T, B, inputs) and w (C, T, K) -> (C, T, B, outputs)."""
+        x = x.expand(len(w), *x.shape[1:])
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = norm(layer(x, self.composition)).relu()
-        output: Tensor = self.layers[-1](x, self.composition)
+            x = norm(layer(x, w)).relu()
+        output: Tensor = self.layers[-1](x, w)
         return output
 
 
@@ -157,11 +178,11 @@ class ComposedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(copies, sets, inputs, outputs))
         self.bias = nn.Parameter(torch.empty(copies, sets, 1, outputs))
 
-    def forward(self, x: Tensor, composition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """(C, T, B, inputs) and w (C, T, K) -> (C, T, B, outputs)."""
         copies, tasks, rows, inputs = x.shape
-        weight = torch.bmm(composition, self.weight.flatten(2))  # (C, T, inputs * outputs)
-        bias = torch.bmm(composition, self.bias.flatten(2))  # (C, T, outputs)
+        weight = torch.bmm(w, self.weight.flatten(2))  # (C, T, inputs * outputs)
+        bias = torch.bmm(w, self.bias.flatten(2))  # (C, T, outputs)
         y = torch.baddbmm(
             bias.view(copies * tasks, 1, -1),
             x.reshape(copies * tasks, rows, inputs),

@@ -2,7 +2,7 @@
 
 Haarnoja et al. 2018 (SAC with learned temperature), with what the papers compared here share:
 one temperature per task, task losses weighted by softmax(-log alpha) and an extreme-loss mask
-(Soft Modularization Sec. 4.3; D2R Eq. 15, App. A.2).
+(Soft Modularization Sec. 4.2; D2R Eq. 15, App. A.2).
 
 Symbols: T tasks, B transitions per task, A action numbers; pi the actor, Q1 and Q2 the critics
 (stacked on a leading axis of 2), Q' their slow targets, alpha the temperatures.
@@ -58,10 +58,13 @@ class SACConfig(AgentConfig):
     """Largest L2 norm of each network's gradient (both authors' code)."""
     loss_weight: Literal["log_alpha", "alpha", "none"] = "log_alpha"
     """Weight of a task's actor and critic losses: T softmax(-log alpha) (both authors' code),
-    T softmax(-alpha) (as Soft Modularization Eq. 11 and D2R Eq. 15 print it), or 1."""
+    softmax(-alpha) (as Soft Modularization Eq. 10 and D2R Eq. 15 print it), or 1."""
     extreme_loss: Annotated[float, Field(gt=0)] | None = 3e3
     """A task whose losses sum to more than this is left out of the step (D2R App. A.2). With
     balanced rewards the limit grows by the square of the task's factor, as squared errors do."""
+    extreme_loss_weighted: bool = False
+    """Whether that sum is of losses as weighted (D2R's code) or as they are (PaCo's code, which has
+    no weights); D2R App. A.2 does not say."""
     reward_scale: Annotated[float, Field(gt=0)] = 0.1
     """Factor on rewards in the losses (MEGA Table 2); returns are reported unscaled."""
     time_limit: Literal["bootstrap", "terminal"] = "bootstrap"
@@ -74,6 +77,9 @@ class SACConfig(AgentConfig):
     reward_balance: Annotated[float, Field(ge=1)] | None = None
     """Cap of the per-task factor (largest task's mean reward / this task's mean reward) on rewards,
     after Cho et al. 2025 (ARS); none: no balancing (the papers)."""
+    reward_floor: Annotated[float, Field(gt=0)] = 1e-8
+    """A task's mean reward counts as at least this in its factor (ARS: 0.01); so it matters where
+    rewards are balanced."""
     reward_balance_every: Annotated[int, Field(ge=1)] | None = 2000
     """Updates between renewals of the reward balance; none: at the first and after each reset."""
     resets: Annotated[int, Field(ge=0)] | None = 0
@@ -103,10 +109,18 @@ class SACConfig(AgentConfig):
             self._unused("reward_balance_every", because="reward_balance is none")
         return self
 
+    @model_validator(mode="after")
+    def _mask_is_on(self) -> Self:
+        if self.extreme_loss is None or self.loss_weight == "none":
+            because = f"extreme_loss is {self.extreme_loss}, loss_weight {self.loss_weight}"
+            self._unused("extreme_loss_weighted", because=because)
+        return self
+
 
 ARS: dict[str, Any] = {
     "critic_layer_norm": True,
-    "reward_balance": 250.0,
+    "reward_balance": 1e6,
+    "reward_floor": 0.01,
     "reward_balance_every": None,
     "resets": None,
     "loss_weight": "none",
@@ -114,10 +128,10 @@ ARS: dict[str, Any] = {
 }
 """The ingredients of ARS (Cho et al. 2025, adaptive reward scaling and resets; with LayerNorm), for
 any algorithm here. Loss weights and the cap on alpha are off: temperatures grow with rewards, so
-both would undo a larger factor. The paper floors a task's mean
-reward at 0.01 where we cap its factor: the largest mean of Meta-World's tasks under a random policy
-is 2.5. Networks, activations and the clipping of gradients stay the algorithm's (ARS: four layers
-of 400, tanh, none)."""
+both would undo a larger factor. What stays the algorithm's, and is otherwise in the authors' code:
+four layers of 400 (actor ReLU, critics tanh), a LayerNorm on the critics' input, too, no clipping,
+a temperature rate of 3e-4, rewards not times 0.1, the first critic alone in the actor's loss, and
+1,000 updates on the replay after each reset, before acting on."""
 
 
 class SAC(Agent):
@@ -245,8 +259,9 @@ class SAC(Agent):
             surplus = (log_prob.detach() + self.target_entropy).mean((1, 2))  # (T,)
             alpha_loss = -self.log_alpha[:, 0, 0] * surplus  # (T,)
 
-            total_loss = critic_loss + actor_loss + alpha_loss
-            weight, kept = self.task_weights(total_loss, self.log_alpha.detach())
+            weight, kept = self.task_weights(
+                (critic_loss + actor_loss).detach(), alpha_loss.detach(), self.log_alpha.detach()
+            )
             loss = (weight * (critic_loss + actor_loss) + kept * alpha_loss).mean()
             torch.autograd.backward(loss)
         self.step()
@@ -286,7 +301,7 @@ class SAC(Agent):
         every = self.config.reward_balance_every
         if self.fresh or (every is not None and self.updates % every == 0):
             largest = batch.mean_reward.amax()
-            ratio = largest / batch.mean_reward.clamp_min(1e-8)
+            ratio = largest / batch.mean_reward.clamp_min(self.config.reward_floor)
             self.balance = torch.where(largest > 0, ratio.clamp(1, cap), torch.ones_like(ratio))
         return self.balance * batch.reward
 
@@ -295,19 +310,23 @@ class SAC(Agent):
         mean, std = split_gaussian(self.policy(obs, phase, extras)[0])
         return squash(mean, std, self.normal(mean.shape))
 
-    def task_weights(self, total_loss: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss weight and mask of each task, both (T,), constants to the gradient."""
-        total = total_loss.detach()
-        limit = self.config.extreme_loss
+    def task_weights(
+        self, loss: Tensor, alpha_loss: Tensor, log_alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weight of each task's loss (actor's and critics') and mask, both (T,); no gradients."""
+        config = self.config
+        weight = torch.ones_like(loss)
+        if config.loss_weight == "log_alpha":
+            weight = len(loss) * torch.softmax(-log_alpha[:, 0, 0], 0)
+        elif config.loss_weight == "alpha":
+            weight = torch.softmax(-log_alpha[:, 0, 0].exp(), 0)
+        total = (weight * loss if config.extreme_loss_weighted else loss) + alpha_loss
         kept = torch.ones_like(total)
-        if limit is not None:
-            kept = (total <= limit * self.balance[:, 0, 0].square()).to(total.dtype)
+        if config.extreme_loss is not None:
+            kept = (total <= config.extreme_loss * self.balance[:, 0, 0].square()).to(total.dtype)
         # A loss that is not a number must surface as such, not vanish behind the mask.
         kept = torch.where(total.isfinite(), kept, total)
-        if self.config.loss_weight == "none":
-            return kept, kept
-        logit = log_alpha if self.config.loss_weight == "log_alpha" else log_alpha.exp()
-        return kept * len(total) * torch.softmax(-logit[:, 0, 0], 0), kept
+        return kept * weight, kept
 
     @contextmanager
     def gradients(self) -> Iterator[Sequence[Tensor]]:

@@ -30,9 +30,9 @@ class SingleTaskSACConfig(SACConfig):
     """Settings of single-task SAC."""
 
     width: Annotated[int, Field(ge=1)] = 400
-    """Units of each hidden layer (Soft Modularization Sec. 5.2)."""
+    """Units of each hidden layer (Soft Modularization's code)."""
     depth: Annotated[int, Field(ge=1)] = 3
-    """Hidden layers (Soft Modularization Sec. 5.2)."""
+    """Hidden layers (Soft Modularization's code)."""
 
     @model_validator(mode="after")
     def _tasks_stay_apart(self) -> Self:
@@ -63,9 +63,11 @@ class SingleTaskSAC(SAC):
             copies=copies, modules=self.suite.num_tasks, layer_norm=layer_norm,
         )  # fmt: skip
 
-    def task_weights(self, total_loss: Tensor, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def task_weights(
+        self, loss: Tensor, alpha_loss: Tensor, log_alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """T for each task, which makes the mean over tasks a sum."""
-        total = total_loss.detach()
+        total = loss + alpha_loss
         # A loss that is not a number must surface as such, as in the shared core.
         every = torch.where(total.isfinite(), len(total), total)
         return every, every

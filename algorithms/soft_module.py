@@ -22,6 +22,8 @@ The one-hot task id enters h alone. Actor and critics have a routing network eac
  3. the ReLU of a module's output, before the weighted sum (Eq. 8), not after it;
  4. the output, the sum of the last layer's modules (Eq. 9), without weights q and a common layer;
  5. the first modules' input, f, not ReLU(f).
+
+Ours, in either: temperatures step with the networks; the code steps them first.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class SoftModuleConfig(SACConfig):
     widen: Annotated[float, Field(gt=0)] = 1.0
     """Times the module width, for variants that a preset scales like the others."""
     router_width: Annotated[int, Field(ge=1)] = 256
-    """Units of G's two layers (the code; D2R Table 5 prints four, its count needs two)."""
+    """Units of G's two layers (the code; D2R Table 5 prints four, its count needs two). The paper's
+    reading has no G."""
     state_routing: bool = True
     """Whether routing sees the state, or h alone (Soft Modularization Sec. 5.7)."""
     reading: Literal["code", "paper"] = "code"
@@ -78,7 +81,8 @@ class SoftModule(SAC):
     PAPER: ClassVar[str] = "Yang et al. 2020, Soft Modularization (sizes: D2R Table 5)"
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "shallow": SHALLOW,
-        "paper": {"reading": "paper", "loss_weight": "alpha", "alpha_max": None},
+        "paper": {"reading": "paper", "loss_weight": "alpha", "alpha_max": None,
+                  "extreme_loss": None},
         "no_balance": {"loss_weight": "none"},
         "no_state_routing": {"state_routing": False},
         # As the paper ablates them, in its shallow network, balance first (Sec. 5.7, Fig. 6 c).

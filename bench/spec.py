@@ -80,11 +80,12 @@ class Protocol(BaseModel):
     steps_per_task: Annotated[int, Field(ge=1)] = 1_500_000
     """Training steps of each task (MEGA Sec. 5.3: 7,500 episodes of 200 steps in MT10)."""
     envs_per_task: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """Environments of each task stepped together (D2R Table 1)."""
+    """Environments of each task stepped together (D2R Sec. 5.1)."""
     updates_per_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     """Gradient steps after each lockstep of the environments (D2R Table 1)."""
     act_delay: Literal[0, 1] = 0
-    """0: an action knows the gradient step before it (D2R's code). 1: that is taken while the
+    """0: an action knows the gradient step before it (D2R Table 1: one training step for each
+    environment step; its code's actors are an epoch behind). 1: that is taken while the
     environments move, so the policy that acts is one gradient step older; with ``--sim-workers``
     simulator and updates then work at the same time."""
     batch_per_task: Annotated[int, Field(ge=1, le=100_000)] = 128
@@ -94,11 +95,11 @@ class Protocol(BaseModel):
     replay_per_task: Annotated[int, Field(ge=1)] = 100_000
     """Transitions kept per task (MEGA Table 2: 10^6 in all for MT10)."""
     eval_every: Annotated[int, Field(ge=1)] = 10_000
-    """Steps per task between evaluations (D2R App. A.2)."""
+    """Steps per task between evaluations (D2R Sec. 5.2)."""
     eval_episodes: Annotated[int, Field(ge=1)] = 32
-    """Episodes per task of an evaluation during training (D2R App. A.2)."""
+    """Episodes per task of an evaluation during training (D2R Sec. 5.2)."""
     final_episodes: Annotated[int, Field(ge=1)] = 100
-    """Episodes per task of the final evaluation (D2R App. A.2)."""
+    """Episodes per task of the final evaluation (D2R Sec. 5.2)."""
     eval_seed: Annotated[int, Field(ge=0)] = 20_250_219
     """Seed of the evaluation episodes: the same goals for every algorithm and training seed."""
 

@@ -181,17 +181,18 @@ def test_what_tasks_take_from_the_modules_is_traced(
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_paco_composes_parameters(layer_norm: bool) -> None:
     """theta = sum_k w_k Phi_k, task by task, equals K passes only where the network is linear."""
-    net = drawn(ComposedNetwork(6, [5, 5], 4, 3, 2, copies=2, layer_norm=layer_norm))
+    net = drawn(ComposedNetwork(6, [5, 5], 4, 2, copies=2, layer_norm=layer_norm))
     assert isinstance(net, ComposedNetwork)
     with torch.no_grad():
         for layer in net.layers:
             layer.weight.normal_()
             layer.bias.normal_()
     x = torch.randn(1, 3, 4, 6, dtype=torch.float64)
-    found = net(x)
+    vectors = torch.randn(1, 3, 2, dtype=torch.float64)
+    found = net(x, vectors.expand(2, -1, -1))
     for c in range(2):
         for t in range(3):
-            w, y = net.composition[c, t], x[0, t]
+            w, y = vectors[0, t], x[0, t]
             for number, layer in enumerate(net.layers):
                 weight = sum(w[k] * layer.weight[c, k] for k in range(2))
                 y = y @ weight + sum(w[k] * layer.bias[c, k] for k in range(2))
@@ -204,9 +205,31 @@ def test_paco_starts_from_one_set_and_tasks_differ() -> None:
     agent = make("paco")
     for layer in agent.actor.layers:
         assert torch.equal(layer.weight[:, :1].expand_as(layer.weight), layer.weight)
-    w = agent.actor.composition[0]
-    assert (w[0] != w[1]).all()
     assert agent.probe()["composition"].shape == (3, 5)
+
+
+def test_pacos_sets_and_tasks_grow_apart() -> None:
+    """w is N(0, 1) (PaCo's code), on fifty tasks as on three: what sets learn differs between them,
+    and w is all by which a task is known."""
+    suite = SuiteSpec(
+        name="many", task_names=tuple(map(str, range(50))), obs_dim=5, action_dim=2, horizon=10
+    )
+    config = PaCo.Config(width=16)
+    agent = PaCo(suite, config, Plan(100_000, 10, 0), seed=0)
+    w = agent.probe()["composition"]
+    assert abs(w.mean()) < 0.2
+    assert 0.85 < w.std() < 1.15
+    began = agent.critic.layers[1].weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        obs, following = (torch.randn(50, 8, 5, generator=generator) for _ in range(2))
+        action = torch.rand(50, 8, 2, generator=generator) * 2 - 1
+        reward = 10 * torch.sin(obs.sum(-1, keepdim=True) * torch.arange(50)[:, None, None])
+        ended = torch.zeros(50, 8, 1)
+        agent.update(Batch(obs, action, reward, following, ended, ended, torch.ones(50, 1, 1), {}))
+    moved = agent.critic.layers[1].weight.detach() - began  # (2, K, inputs, outputs)
+    common = moved.mean(1, keepdim=True)
+    assert (moved - common).square().sum() > 0.1 * moved.square().sum()
 
 
 @pytest.mark.parametrize(
@@ -226,24 +249,32 @@ def test_a_preset_scales_variants_of_other_sizes_too(variant: str, plain: str) -
 def test_paco_resets_the_composition_of_extreme_tasks_alone() -> None:
     agent = make("paco", actor_lr=1e-12, critic_lr=1e-12)
     assert isinstance(agent, PaCo)
-    networks = (agent.actor, agent.critic, agent.target_critic)
-    before = [network.composition.detach().clone() for network in networks]
+    old = agent.w.detach().clone()
     extreme = batch()
     extreme.reward[1] = 1e6
     assert agent.update(extreme)["masked"].tolist() == [0, 1, 0]
-    for old, network in zip(before, networks, strict=True):
-        new = network.composition.detach()
-        torch.testing.assert_close(new[:, [0, 2]], old[:, [0, 2]], rtol=0, atol=1e-6)
-        # w_1 lies between w_0 and w_2, in the same place in every copy.
-        share = (new[:, 1] - old[:, 0]) / (old[:, 2] - old[:, 0])
-        torch.testing.assert_close(share, share[:1, :1].expand_as(share), rtol=1e-3, atol=1e-3)
-        assert 0 <= share.mean() <= 1
-    assert (agent.critic.composition[0, 1] != before[1][0, 1]).any()
+    new = agent.w.detach().clone()
+    torch.testing.assert_close(new[:, [0, 2]], old[:, [0, 2]], rtol=0, atol=1e-6)
+    # w_1 lies between w_0 and w_2.
+    share = (new[:, 1] - old[:, 0]) / (old[:, 2] - old[:, 0])
+    torch.testing.assert_close(share, share[:1, :1].expand_as(share), rtol=1e-3, atol=1e-3)
+    assert 0 <= share.mean() <= 1
     everywhere = batch()
     everywhere.reward[:] = 1e6
-    kept = agent.actor.composition.detach().clone()
     assert agent.update(everywhere)["masked"].tolist() == [1, 1, 1]
-    torch.testing.assert_close(agent.actor.composition.detach(), kept, rtol=0, atol=1e-6)
+    torch.testing.assert_close(agent.w.detach(), new, rtol=0, atol=1e-6)
+
+
+def test_pacos_w_learns_from_both_losses_and_not_through_the_policys_critics() -> None:
+    agent = make("paco")
+    assert isinstance(agent, PaCo)
+    given = batch()
+    for phase, learns in (("value", True), ("policy", False)):
+        q = agent.value(agent.critic, given.obs, given.action, phase)
+        found = torch.autograd.grad(q.sum(), agent.w, allow_unused=True)[0]
+        assert (found is not None and bool(found.abs().sum() > 0)) is learns
+    params, _ = agent.policy(given.obs, "policy", {})
+    assert torch.autograd.grad(params.sum(), agent.w)[0].abs().sum() > 0
 
 
 def test_gram_schmidt_against_a_worked_example() -> None:

@@ -195,10 +195,9 @@ LEVELS = {
 
 
 def layered(level: str, layer_norm: bool = False, **config: Any) -> LayeredNetwork:
-    """Three layers of two modules, in float64, with logits that spread."""
-    settings = D2RConfig(
-        width=7, module_width=5, router_width=6, modules=6, **LEVELS[level] | config
-    )
+    """Three layers of three modules, in float64, with logits that spread."""
+    sizes = {"width": 7, "module_width": 5, "router_width": 6, "modules": 9}
+    settings = D2RConfig(**sizes | LEVELS[level] | config)
     network = LayeredNetwork(4, 2, 3, settings, copies=2, layer_norm=layer_norm).double()
     g = torch.Generator().manual_seed(3)
     initialise(network, "torch", g)
@@ -289,7 +288,7 @@ def naive(network: LayeredNetwork, x: Tensor, path: Tensor) -> Tensor:
     ids=lambda options: ",".join(options) or "default",
 )
 def test_layered_routing_is_its_equations(level: str, options: dict[str, Any]) -> None:
-    network = layered(level, **{"top_k": 1} | options)
+    network = layered(level, **options)
     g = torch.Generator().manual_seed(4)
     x = torch.randn(1, 3, 5, 4, generator=g, dtype=torch.float64).requires_grad_()
     output, taken = network(x, "sample", g)
@@ -298,9 +297,9 @@ def test_layered_routing_is_its_equations(level: str, options: dict[str, Any]) -
     ours, theirs = (_gradients(of, x, network) for of in (output, expected))
     for mine, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-10)
-    if network.config.resrouting and network.config.top_k == 1:  # some source is unsuitable
+    if network.config.resrouting and network.config.top_k is not None:  # some are unsuitable
         kept = {k: v for k, v in options.items() if not k.startswith("resroute_")}
-        free = layered(level, **{"top_k": 1} | kept | {"resrouting": False})
+        free = layered(level, **kept | {"resrouting": False})
         again, _ = free(x, taken.path())
         torch.testing.assert_close(again, output, rtol=0, atol=0)
         assert not torch.allclose(_gradients(again, x, free)[0], ours[0])
@@ -315,7 +314,8 @@ def _gradients(output: Tensor, x: Tensor, network: LayeredNetwork) -> tuple[Tens
 def test_layers_restrict_the_paths() -> None:
     """Neither level lets a module read beyond the layer below it."""
     x = torch.randn(1, 3, 50, 4, dtype=torch.float64)
-    by_layer = layered("layer", top_k=1)(x, "sample", torch.Generator())[1]
+    pairs = {"modules": 6, "top_k": 1, "rescale": False}
+    by_layer = layered("layer", **pairs)(x, "sample", torch.Generator())[1]
     path = by_layer.path()
     # Destinations m2 (first layer, reads nothing), m3 ... m6, head.
     assert path.sum(-1)[0, 0, 0].tolist() == [0, 1, 1, 1, 1, 1]
@@ -324,7 +324,7 @@ def test_layers_restrict_the_paths() -> None:
     assert torch.equal(path.flatten(0, 2).any(0), allowed)
     assert set(modules_used(path).flatten().tolist()) == {3}
     assert torch.equal(by_layer.matrix() > 0, path)
-    networks = layered("model", top_k=1)(x, "sample", torch.Generator())[1].path()
+    networks = layered("model", **pairs)(x, "sample", torch.Generator())[1].path()
     fixed = torch.zeros(6, 6, dtype=torch.bool)
     fixed[1, 0] = fixed[2, 1] = fixed[3, 2] = fixed[4, 3] = True
     assert torch.equal(networks[..., :5, :], fixed[:5].expand(2, 3, 50, 5, 6))

@@ -166,7 +166,7 @@ class Reference:
         for t in range(T):
             factor = 1.0
             if c.reward_balance is not None and largest > 0:
-                ratio = largest / max(float(batch.mean_reward[t]), 1e-8)
+                ratio = largest / max(float(batch.mean_reward[t]), c.reward_floor)
                 factor = min(max(ratio, 1.0), c.reward_balance)
             balance.append(factor)
             with torch.no_grad():
@@ -192,10 +192,12 @@ class Reference:
             "alpha": [math.exp(-a) for a in alpha],
             "none": [1.0] * T,
         }[c.loss_weight]
-        weight = [T * w / sum(weights) for w in weights]
+        size = {"log_alpha": T, "alpha": 1, "none": T}[c.loss_weight]
+        weight = [size * w / sum(weights) for w in weights]
         kept = []
         for t in range(T):
-            total = critic_losses[t] + actor_losses[t] + alpha_losses[t]
+            share = weight[t] if c.extreme_loss_weighted else 1
+            total = share * (critic_losses[t] + actor_losses[t]) + alpha_losses[t]
             limit = math.inf if c.extreme_loss is None else c.extreme_loss * balance[t] ** 2
             kept.append(0.0 if total > limit else 1.0)
 
@@ -252,6 +254,8 @@ class Reference:
         {"alpha_max": 0.7, "alpha_lr": 0.5},
         {"extreme_loss": 30.0, "reward_scale": 1.0},
         {"extreme_loss": 40.0, "reward_scale": 1.0, "reward_balance": 3.0},
+        {"extreme_loss": 30.0, "reward_scale": 1.0, "extreme_loss_weighted": True},
+        {"reward_balance": 3.0, "reward_floor": 0.5},
         {"extreme_loss": None, "alpha_max": None},
         {"pcgrad": True, "critic_layer_norm": True},
         {"pcgrad": True, "loss_weight": "none", "grad_clip": None},
@@ -321,19 +325,30 @@ def test_target_carries_no_graph_and_target_critics_learn_by_averaging_only() ->
     assert not trained & {id(p) for p in agent.target_critic.parameters()}
 
 
+def test_the_mask_looks_at_losses_plain_or_weighted() -> None:
+    """D2R's code weighs first: a settled task, of weight 2.7, is left out of the step earlier."""
+    alpha = torch.tensor([0.01, 1.0, 0.1]).view(T, 1, 1)
+    loss, none = torch.tensor([1500.0, 3500.0, 10.0]), torch.zeros(T)
+    _, plain = make_agent().task_weights(loss, none, alpha.log())
+    assert plain.tolist() == [1, 0, 1]
+    _, weighted = make_agent(extreme_loss_weighted=True).task_weights(loss, none, alpha.log())
+    assert weighted.tolist() == [0, 1, 1]
+
+
 def test_loss_weights_by_hand() -> None:
     agent = make_agent()
     alpha = torch.tensor([0.5, 0.1, 1.0]).view(T, 1, 1)
-    weight, kept = agent.task_weights(torch.zeros(T), alpha.log())
+    none = torch.zeros(T)
+    weight, kept = agent.task_weights(none, none, alpha.log())
     torch.testing.assert_close(weight, 3 * torch.tensor([2.0, 10.0, 1.0]) / 13)
     torch.testing.assert_close(kept, torch.ones(T))
-    printed, _ = make_agent(loss_weight="alpha").task_weights(torch.zeros(T), alpha.log())
+    printed, _ = make_agent(loss_weight="alpha").task_weights(none, none, alpha.log())
     expected = np.exp([-0.5, -0.1, -1.0])
-    np.testing.assert_allclose(printed, 3 * expected / expected.sum(), rtol=1e-6)
-    even, _ = make_agent(loss_weight="none").task_weights(torch.zeros(T), alpha.log())
+    np.testing.assert_allclose(printed, expected / expected.sum(), rtol=1e-6)
+    even, _ = make_agent(loss_weight="none").task_weights(none, none, alpha.log())
     assert torch.equal(even, kept)
     vanished = torch.tensor([-200.0, -200.0, 0.0]).view(T, 1, 1)  # e^-200 is no float32
-    weight, _ = agent.task_weights(torch.zeros(T), vanished)
+    weight, _ = agent.task_weights(none, none, vanished)
     torch.testing.assert_close(weight, torch.tensor([1.5, 1.5, 0.0]))
 
 
