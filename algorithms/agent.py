@@ -23,11 +23,6 @@ class Plan(NamedTuple):
     warmup_steps: int
     """Steps per task before the first update; their episodes count for no statistics."""
 
-    @property
-    def episodes_per_task(self) -> int:
-        """Training episodes of each task."""
-        return self.steps_per_task // self.horizon
-
 
 class AgentConfig(BaseModel):
     """Base of every algorithm's settings: immutable, validated, each field documented in place.

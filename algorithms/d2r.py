@@ -181,7 +181,6 @@ class D2R(SAC):
         self.extras_spec = {"route": ((path_bytes(self.config.modules),), "uint8")}
         self.drawn: Choice = "sample" if self.config.explore_sample else "top_k"
         self.stored: Tensor | None = None
-        self._balance_routes()
 
     def make_network(
         self, inputs: int, outputs: int, *, copies: int, layer_norm: bool
@@ -229,16 +228,8 @@ class D2R(SAC):
         """d_old of the batch's transitions, (1, T, B, M, M) bool."""
         return unpack_path(extras["route"], self.config.modules)[None]
 
-    def after_update(self, kept: Tensor) -> None:
+    def on_new_alpha(self) -> None:
         """Refresh the route temperatures from the new, capped alpha (Eq. 14)."""
-        self._balance_routes()
-
-    def reset(self) -> None:
-        """As SAC, and the route temperatures with alpha."""
-        super().reset()
-        self._balance_routes()
-
-    def _balance_routes(self) -> None:
         if self.config.route_balance:
             networks = (self.actor, self.critic, self.target_critic)
             temperatures = (network.temperature for network in networks)

@@ -425,9 +425,6 @@ class GenotypeTable:
         self._packed = [b64decode(entry) for entry in text.split()]
         self._ids = {packed: number for number, packed in enumerate(self._packed)}
 
-    def __len__(self) -> int:
-        return len(self._packed)
-
     def __str__(self) -> str:
         return " ".join(b64encode(packed).decode() for packed in self._packed)
 
@@ -525,10 +522,6 @@ class Community:
     def population(self, task: int) -> tuple[Genotype, ...]:
         """The living genotypes (P) of a task."""
         return tuple(self._populations[task])
-
-    def bits(self, number: int) -> Bits:
-        """The bits (L,) of the genotype with this id, living or not."""
-        return self.table[number]
 
     def best(self, task: int) -> Genotype:
         """G_best: the fittest as far as is known, the first while nothing is evaluated."""

@@ -355,7 +355,6 @@ class MEGA(SAC):
         self._drawn: dict[str, Wiring] = {}
         if config.update_genotype == "behaviour":
             self.extras_spec = {"genotype": ((), "int32")}
-        self._balance_routes()
 
     # --------------------------------------------------------------------------------- networks
 
@@ -404,11 +403,8 @@ class MEGA(SAC):
         q: Tensor = critic(torch.cat([obs, action], -1)[None], route, self.noise)[0]
         return q
 
-    def after_update(self, kept: Tensor) -> None:
-        """Refresh the critics' route temperatures."""
-        self._balance_routes()
-
-    def _balance_routes(self) -> None:
+    def on_new_alpha(self) -> None:
+        """Refresh the critics' route temperatures (Departure 6)."""
         critics = (self.critic, self.target_critic)
         routed = (critic.temperature for critic in critics if isinstance(critic, RoutedNetwork))
         balance_routes(routed, self.log_alpha)
@@ -448,7 +444,6 @@ class MEGA(SAC):
     def reset(self) -> None:
         """As SAC; stages and genotypes stay, what is known of their returns does not."""
         super().reset()
-        self._balance_routes()
         self.community.clear_fitness()
         if self.evolution is not None:
             self.evolution.clear()

@@ -168,6 +168,7 @@ class SAC(Agent):
         self.critic_optimizer = self._adam(self.critic.parameters(), self.config.critic_lr)
         self.alpha_optimizer = self._adam([self.log_alpha], self.config.alpha_lr)
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
+        self.on_new_alpha()
 
     def _new(self, network: nn.Module) -> nn.Module:
         initialise(network.cpu(), self.config.init, self.init_generator)  # alike on every device
@@ -217,6 +218,9 @@ class SAC(Agent):
     def actor_loss(self, objective: Tensor) -> Tensor:
         """Each task's mean (T,) of alpha log pi(a|s) - min Q(s, a), given as (T, B, 1)."""
         return objective.mean((1, 2))
+
+    def on_new_alpha(self) -> None:
+        """Called when temperatures are new: at the start, after each update and each reset."""
 
     def after_update(self, kept: Tensor) -> None:
         """Called at the end of each update; ``kept`` (T,) is 0 for tasks that the mask left out."""
@@ -272,6 +276,7 @@ class SAC(Agent):
             torch._foreach_lerp_(slow, fast, self.config.tau)
         self.updates += 1
         self.fresh = False
+        self.on_new_alpha()
         self.after_update(kept)
         return {
             "critic_loss": critic_loss.detach(),
@@ -370,6 +375,7 @@ class SAC(Agent):
             optimizer.state.clear()
         self.resets_done += 1
         self.fresh = True
+        self.on_new_alpha()
 
     # -------------------------------------------------------------------------------- the rest
 

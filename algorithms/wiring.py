@@ -24,6 +24,7 @@ from algorithms.genetic import (
     Weighting,
     decode,
     encode,
+    modules_reached,
     stage_of,
     weight_matrix,
 )
@@ -123,18 +124,15 @@ class Decoder:
 
     def _decode(self, number: int) -> None:
         weights = self.matrix(self.community.table[number]).astype(np.float32)
-        needed = weights[-1] > 0
-        for module in range(len(weights) - 1, 0, -1):
-            if needed[module]:
-                needed |= weights[module - 1] > 0
-        depth = int(np.flatnonzero(needed)[-1])
-        weights[:-1][~needed[1:]] = 0.0
+        reached = modules_reached(weights, 0.0)
+        depth = int(np.flatnonzero(reached).max(initial=-1)) + 1
+        weights[:-1][~reached] = 0.0
         weights[depth] = weights[-1]  # what lies between is connected with nothing
         place = self._place[number] = len(self._place)
         self._make_room(place + 1, len(weights))
         levels = depth + 1
         self._weights[place, :levels, :levels] = weights[:levels, :levels]
-        self._needed[place, :levels] = needed[:levels]
+        self._needed[place, 1:levels] = reached[:depth]
         self._depth[place] = depth
 
     def _make_room(self, count: int, levels: int) -> None:

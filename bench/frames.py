@@ -98,11 +98,11 @@ def _read_all(stores: list[RunStore], names: list[str]) -> Iterator[_Run | str]:
 
 def _read_run(store: RunStore, name: str) -> _Run | str:
     try:
-        row = run_row(store, name)
+        metrics, timing = read_metrics(store), read_timing(store)
+        row = run_row(store, name, timing)
         probes = read_probes(store)
         trace = store.probe_path / "trace.npz"
         arrays = _arrays(trace) if trace.exists() else None
-        metrics, timing = read_metrics(store), _read(store.path / "timing.csv", TIMING)
         health = [*_damage(store), *health_rows(store, metrics, probes)]
     except (StoreError, OSError, ValueError, TypeError) as error:
         return str(error)
@@ -240,14 +240,21 @@ def _header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
     return dtype, shape, fortran
 
 
-def run_row(store: RunStore, name: str) -> dict[str, Any]:
-    """What spec.json and status.json say of a run, flat. Raises StoreError on a damaged one."""
-    seconds = _last_total(store)
+def run_row(store: RunStore, name: str, timing: pd.DataFrame | None = None) -> dict[str, Any]:
+    """What spec.json and status.json say of a run, flat, and ``timing`` of its seconds.
+
+    Raises StoreError on a damaged one.
+    """
+    totals = None if timing is None else timing.loc[timing["section"] == "total", "seconds"]
+    seconds = None if totals is None or totals.empty else float(totals.iloc[-1])
     try:
         row = _run_row(store, name, seconds)
         for field in ("seed", "step", "steps_per_task"):
             if not isinstance(row[field], int):
                 raise TypeError(f"{field} {row[field]!r} is no whole number")
+        for field in ("success", "steps_per_second", "heartbeat"):
+            if not isinstance(row[field], int | float | None):
+                raise TypeError(f"{field} {row[field]!r} is no number")
         return row
     except (KeyError, TypeError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
@@ -369,14 +376,6 @@ def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | No
     return float(learning * protocol["updates_per_step"] / seconds)
 
 
-def _last_total(store: RunStore) -> float | None:
-    timing = _read(store.path / "timing.csv", TIMING)
-    if timing is None:
-        return None
-    totals = timing.loc[timing["section"] == "total", "seconds"]
-    return float(totals.iloc[-1]) if len(totals) else None
-
-
 METRICS: dict[str, type] = {
     "step": int, "kind": str, "task": str, "metric": str, "value": float, "count": float
 }  # fmt: skip
@@ -387,6 +386,11 @@ TIMING: dict[str, type] = {"step": int, "section": str, "seconds": float}
 def read_metrics(store: RunStore) -> pd.DataFrame | None:
     """The run's metrics; None if it has none yet. Raises StoreError if they are damaged."""
     return _read(store.path / "metrics.csv", METRICS)
+
+
+def read_timing(store: RunStore) -> pd.DataFrame | None:
+    """The run's times, likewise."""
+    return _read(store.path / "timing.csv", TIMING)
 
 
 def _read(path: Path, columns: dict[str, type]) -> pd.DataFrame | None:

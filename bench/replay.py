@@ -46,9 +46,9 @@ class ReplayBuffer:
             name: int(np.prod(shape)) * np.dtype(dtype).itemsize
             for name, (shape, dtype) in self.extras_spec.items()
         }
-        words = self._fields[-1] + -(-sum(self._extra_bytes.values()) // 4)
         self._physical = capacity + slack
-        size = self._physical * self.tasks * words * 4
+        size = self.bytes_needed(suite, extras_spec, self._physical)
+        words = size // (4 * self._physical * self.tasks)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         try:

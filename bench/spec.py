@@ -509,8 +509,9 @@ def _build(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer, content in layers.items():
-        for field in content.keys() & model.model_fields.keys():
-            values[field], sources[field] = content[field], layer
+        for field in model.model_fields:
+            if field in content:
+                values[field], sources[field] = content[field], layer
     strange = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     problems = [f"{owner}: {k}={values.pop(k)}: not a finite number" for k in strange]
     try:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from bench import machine
 from bench.evaluate import episodes_needed, evaluate
-from bench.frames import read_probes, run_row
+from bench.frames import read_probes, read_timing, run_row
 from bench.replay import ReplayBuffer
 from bench.spec import Protocol, RunSpec
 from bench.store import BusyError, RunStore, StoreError
@@ -570,7 +570,7 @@ def test_a_run_tells_of_every_machine_and_of_all_its_time(
     with monkeypatch.context() as patch:
         patch.setattr(machine, "hardware", lambda device: here(device) | {"processor": "another"})
         train(store.spec(), store)
-    row, p = run_row(store, "run"), store.spec().protocol
+    row, p = run_row(store, "run", read_timing(store)), store.spec().protocol
     assert row["hardware.processor"] == f"{first}, then another"
     assert row["hardware.cores"] == here("cpu")["cores"]
     updates = (p.steps_per_task - p.warmup_steps) * p.updates_per_step / p.envs_per_task
