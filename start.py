@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-SMOKE_OUT = ROOT / "results" / "runs" / "smoke"
+SMOKE_OUT = ROOT / "results" / "smoke"
 SMOKE = ["--algos", "mega,d2r", "--suite", "mt10_rand", "--seeds", "2", "--preset", "smoke"]
 
 

@@ -464,7 +464,16 @@ def _existing(folder: Path, option: str = "--out") -> None:
         )
 
 
-STATUS_COLUMNS = ["run", "state", "step", "success", "steps/s", "left", "heartbeat", "error"]
+STATUS_COLUMNS = [
+    "run",
+    "state",
+    "step",
+    "success",
+    "steps/s per task",
+    "left",
+    "heartbeat",
+    "error",
+]
 
 
 def _status_rows(out: Path) -> list[dict[str, Any]]:
@@ -766,7 +775,7 @@ def show(
     ):
         for name, info in model.model_fields.items():
             source = spec.sources.get(name) or (
-                "paper" if values[name] == info.default else "paper, for this suite and length"
+                "default" if values[name] == info.default else "default, for this suite and length"
             )
             meaning = " ".join((info.description or "").split())
             rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -11,17 +12,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from test_cli import bench
 
 import algorithms
+from algorithms.agent import Plan
 from bench import speed
 from bench.cli import app
 from bench.launch import launcher_options
 from bench.spec import parse_overrides, parse_seeds
 from bench.sweep import Request, ablations, expand, names, parse_size
+from suites.base import Suite, SuiteSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,6 +95,40 @@ def test_every_command_and_algorithm_is_documented() -> None:
         if "PAPER = " in path.read_text("utf-8") or "PAPER: " in path.read_text("utf-8")
     } - {"agent"}
     assert of_papers <= set(shown)
+
+
+def examples(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL)
+
+
+def test_the_documented_suite_is_one() -> None:
+    """Its episodes step in lockstep, its expert solves them, and their state goes on."""
+    (code,) = (code for code in examples("extending.md") if "class Lines" in code)
+    mine: dict[str, Any] = {}
+    exec(code, mine)
+    suite = mine["load"]("mine", goals="fresh", reward_version="v2", horizon=20)
+    assert isinstance(suite, Suite)
+    with contextlib.closing(suite.make(seed=0, envs_per_task=2)) as envs:
+        obs = envs.reset()
+        state = json.loads(json.dumps(envs.state_dict()))
+        for _ in range(20):
+            step = envs.step(suite.expert(obs))
+            obs = step.obs
+        assert [episode.success for episode in step.episodes] == [True] * 4
+        assert envs.load_state_dict(state).shape == (2, 2, 1)
+
+
+def test_the_documented_algorithm_stores_what_it_says() -> None:
+    (code,) = (code for code in examples("extending.md") if "class Remember" in code)
+    mine: dict[str, Any] = {}
+    exec(code, mine)
+    shape = SuiteSpec(name="x", task_names=("a", "b"), obs_dim=3, action_dim=2, horizon=10)
+    remember = mine["Remember"]
+    agent = remember(shape, remember.Config(width=8, depth=1), Plan(100, 10, 0), seed=0)
+    stored = [agent.act(np.zeros((2, 1, 3), np.float32), explore=True).extras for _ in range(3)]
+    assert [each["when"].flatten().tolist() for each in stored] == [[0, 0], [1, 1], [2, 2]]
+    assert agent.extras_spec == {"when": ((1,), "float32")}
 
 
 @pytest.mark.slow
