@@ -165,7 +165,7 @@ def task_heat_map(section: Section) -> Drawing:
     slanted = len(columns) > 3 or max(map(len, columns)) > 12
     axes.set_xticks(
         range(len(columns)),
-        [wrapped(name) for name in columns],
+        [wrapped(with_seeds(section, name) if name in labels else name) for name in columns],
         rotation=30 if slanted else 0,
         ha="right" if slanted else "center",
     )
@@ -177,7 +177,7 @@ def task_heat_map(section: Section) -> Drawing:
     return Drawing(
         title="Success per task and algorithm",
         figure=made,
-        caption=section.caption("Final success rate, mean over seeds; dark 0, bright 1.", labels),
+        caption=section.caption("Final success rate, mean over n seeds; dark 0, bright 1.", labels),
         data=rates.rename_axis("task").reset_index(),
     )
 

@@ -243,9 +243,12 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def title(made: Figure, words: str, section: Section) -> None:
-    """The figure's title: words, suite, and SMOKE where the preset is."""
-    smoke = " (SMOKE)" if section.preset == "smoke" else ""
-    made.suptitle(f"{words} · {section.place}{smoke}", parse_math=False)
+    """The figure's title: words, suite and, unless the scale is a paper's, the preset."""
+    preset = section.preset.upper() if section.preset == "smoke" else section.preset
+    scale = "" if section.full_scale else f" ({preset})"
+    shown = f"{words} · {section.place}{scale}"
+    width = float(made.get_size_inches()[0])
+    made.suptitle("\n".join(textwrap.wrap(shown, max(20, int(11 * width)))), parse_math=False)
 
 
 def short(name: str, limit: int = 22) -> str:

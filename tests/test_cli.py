@@ -380,7 +380,7 @@ def test_show_tells_where_values_come_from() -> None:
     assert by_field["start_stage"]["value"] == 8
     assert by_field["start_stage"]["from"] == "variant fixed8"
     assert by_field["width"]["from"] == "preset cpu"
-    assert by_field["gamma"]["from"] == "paper"
+    assert by_field["gamma"]["from"] == "default"
     assert all(row["meaning"] for row in rows)
 
 
