@@ -136,7 +136,7 @@ def task_heat_map(section: Section) -> Drawing:
     """Final success, tasks x algorithms."""
     labels = _scored(section)
     columns = {label: section.scores(label).mean() for label in labels}
-    columns |= {f"{name}, reference": row for name, row in section.references.iterrows()}
+    columns |= {f"{name} (reference)": row for name, row in section.references.iterrows()}
     rates = pd.DataFrame(columns).reindex(list(section.tasks))
     rates.loc["mean over tasks"] = rates.mean()
     values = rates.to_numpy(dtype=float)
