@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from suites.base import unknown
+from suites.base import plugins, registered, unknown
 
 if TYPE_CHECKING:
     from algorithms.agent import Agent
-
-ENTRY_POINT_GROUP = "mega_bench.algorithms"
 
 _BUILT_IN = {
     "mega": "algorithms.mega:MEGA",
@@ -29,15 +24,9 @@ _BUILT_IN = {
 }
 
 
-@cache
-def plugins() -> dict[str, str]:
-    """Name -> "module:Class" of the algorithms of other installed packages."""
-    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
 def table() -> dict[str, str]:
     """Name -> "module:Class" of every algorithm, installed plug-ins included."""
-    return _BUILT_IN | plugins()
+    return _BUILT_IN | plugins("algorithm")
 
 
 def names() -> list[str]:
@@ -52,21 +41,7 @@ def load(name: str) -> type[Agent]:
     """
     if name not in table():
         raise ValueError(unknown("algorithm", name, names()))
-    if name in _BUILT_IN and name in plugins():
-        raise ValueError(
-            f"algorithm {name!r} is built in, and an installed package registers {table()[name]} "
-            "under the same name: remove that package, or rename its algorithm"
-        )
-    module, _, attribute = table()[name].partition(":")
-    try:
-        agent: type[Agent] = getattr(import_module(module), attribute)
-    except Exception as error:
-        if name in _BUILT_IN:
-            raise
-        raise ValueError(
-            f"algorithm {name!r} is registered as {table()[name]} by an installed package, but "
-            f"cannot be loaded: {type(error).__name__}: {error}"
-        ) from None
+    agent: type[Agent] = registered("algorithm", name, _BUILT_IN)
     from algorithms.agent import Agent
 
     if not (isinstance(agent, type) and issubclass(agent, Agent)):

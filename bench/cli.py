@@ -317,7 +317,9 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Renew it while runs are in training; Ctrl-C ends.")
     ] = False,
-    every: Annotated[int, typer.Option("--every", min=1, help="Seconds between renewals.")] = 30,
+    every: Annotated[
+        int | None, typer.Option("--every", min=1, help="Seconds between renewals; default: 30.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No summary on screen.")] = False,
 ) -> None:
     """Write tables, figures and one self-contained index.html from the runs so far.
@@ -326,6 +328,11 @@ def report(
     """  # fmt: skip
     import reports
 
+    if compare and out != DEFAULT_OUT:
+        raise UsageError(f"--out {out} and --compare: a report is of one or the other; see --to")
+    if every is not None and not watch:
+        raise UsageError(f"--every {every} is for --watch")
+    every = 30 if every is None else every
     sources = list(compare) if compare else [out]
     for source in sources:
         _existing(source, "--compare" if compare else "--out")
@@ -727,7 +734,7 @@ def list_(
                 {"name": f"{name}@{v}", "changes": ", ".join([
                     *(f"{k}={x}" for k, x in values.items()),
                     *(f"{k}=the number in the name" for k in re.findall("{(.+?)}", v)),
-                ]) or "nothing: it is the plain algorithm"}
+                ]) or "nothing: it is the plain algorithm", "paper": agent.PAPER}
                 for name, agent in loaded.items()
                 for v, values in agent.VARIANTS.items()
             ]  # fmt: skip
@@ -811,7 +818,7 @@ def params(
     published = reports.published("parameters").set_index("algorithm")
     rows: list[dict[str, Any]] = []
     for suite_name in names(suite, "--suite"):
-        for label in names(algos, "--algos") if algos else algorithms.names():
+        for label in algorithms.names() if algos is None else names(algos, "--algos"):
             spec = RunSpec.resolve(label, suite_name, 0, preset_name=preset)
             counts = spec.make_agent().parameter_counts()
             published_for = re.match(r"mt(10|50)_", suite_name)
@@ -884,7 +891,9 @@ def speed(
             raise UsageError(f"--threads {text!r}: allowed are 1 to {cores}, and all")
         counts.append(cores if text == "all" else int(text))
     chosen = resolved_device(device)
-    labels = names(algos, "--algos") if algos else algorithms.names()
+    labels = algorithms.names() if algos is None else names(algos, "--algos")
+    if sim_workers and not training:
+        raise UsageError(f"--sim-workers {sim_workers} is for --train")
     suites, presets = names(suite, "--suite"), names(preset, "--preset")
     overrides = parse_overrides(set_ or [])
     rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)

@@ -75,7 +75,9 @@ def conduct(
               for s in specs}  # fmt: skip
     for spec in worlds.values():  # is there such a one? Before anything is written
         spec.make_suite()
-    budget = how.disk_budget and sweep.parse_size(how.disk_budget, "--disk-budget")
+    budget = 0
+    if how.disk_budget is not None:
+        budget = sweep.parse_size(how.disk_budget, "--disk-budget")
     try:
         trackers = sinks(how.track)
     except RuntimeError as error:
@@ -127,7 +129,7 @@ def conduct(
         under_way = sweep.Sweep(
             jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
         )
-        with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget or 0) as aside:
+        with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget) as aside:
 
             def notice(job: Job | None) -> None:
                 progress.notice(job)

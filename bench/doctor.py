@@ -39,6 +39,7 @@ def machine_checks(out: Path) -> list[Check]:
             "" if cuda else "fine for the cpu preset; a run of the paper preset takes days",
         )
     )  # fmt: skip
+    checks.append(_compiler())
     renderer = _renderer()
     checks.append(_simulator(renderer))
     checks.append(renderer)
@@ -52,6 +53,25 @@ def machine_checks(out: Path) -> list[Check]:
                "" if free > 5 and writable else "choose another --out")
     )  # fmt: skip
     return checks
+
+
+def _compiler() -> Check:
+    """Whether loops can be compiled here."""
+    advice = "pip install -e . -c constraints.txt"
+    try:
+        from llvmlite.binding import get_host_cpu_name
+        from numba import njit
+
+        quarter = njit(_quarter)(np.float32(1))
+    except Exception as error:  # noqa: BLE001  (numba and LLVM raise what they like)
+        return _check("compiler", "bad", f"{type(error).__name__}: {error}", advice)
+    if quarter != 0.25:
+        return _check("compiler", "bad", f"numba computes {quarter} for 1/4", advice)
+    return _check("compiler", "good", f"numba, for {get_host_cpu_name()}")
+
+
+def _quarter(x: float) -> float:
+    return x / 4
 
 
 def run_checks(store: RunStore) -> list[Check]:

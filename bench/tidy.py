@@ -35,7 +35,9 @@ def removable(stores: Iterable[RunStore], *, checkpoints: bool = False) -> list[
             files += [(path, "older checkpoint of a finished run") for path in kept[1:]]
             if checkpoints:
                 files += [(path, "last checkpoint of a finished run") for path in kept[:1]]
-        found += [Removal(path, path.stat().st_size, why) for path, why in files]
+        for path, why in files:
+            with suppress(FileNotFoundError):  # a run has begun, or somebody else cleans, too
+                found.append(Removal(path, path.stat().st_size, why))
     return found
 
 
@@ -58,6 +60,12 @@ def used(out: Path) -> int:
     return total
 
 
+def _modified(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def keep_within(out: Path, budget: int) -> list[Removal]:
     """Thin the checkpoints below ``out`` until it holds ``budget`` bytes at most, if that can be:
     first what nobody reads, then last checkpoints of finished runs, longest finished first.
@@ -70,7 +78,7 @@ def keep_within(out: Path, budget: int) -> list[Removal]:
     stores = find(out)
     first = removable(stores)
     last = sorted(
-        set(removable(stores, checkpoints=True)) - set(first), key=lambda r: r.path.stat().st_mtime
+        set(removable(stores, checkpoints=True)) - set(first), key=lambda r: _modified(r.path)
     )
     chosen: list[Removal] = []
     for removal in [*first, *last]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,7 +149,9 @@ class Follower:
 
     def _pass_on(self, store: RunStore, name: str) -> None:
         place = store.state_path / f"tracked-{name}.json"
-        done = json.loads(place.read_text("utf-8")) if place.exists() else 0
+        done = 0
+        with suppress(OSError, ValueError):  # none yet, or one that a crash has emptied: all anew
+            done = int(place.read_text("utf-8"))
         text, end = new_lines(store.path / "metrics.csv", done, ended=store.done)
         if not text:
             return

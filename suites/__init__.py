@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-
-from suites.base import Suite, unknown
+from suites.base import Suite, plugins, registered, unknown
 
 GOALS = ("fresh", "benchmark50")
 REWARD_VERSIONS = ("v2", "v1")
 MAX_HORIZON = 500
 """Steps after which Meta-World itself refuses to go on; the limit of all suites."""
 
-_ENTRY_POINTS = "mega_bench.suites"
 _LOADERS = {
     "mt": "suites.metaworld:load",
     "custom": "suites.metaworld:load",
@@ -47,9 +42,8 @@ def names() -> list[str]:
 
 def described() -> dict[str, str]:
     """`names`, each with what it is."""
-    return _NAMES | {
-        f"{prefix}...": "of an installed package" for prefix in plugins() if prefix not in _LOADERS
-    }
+    others = [prefix for prefix in plugins("suite") if prefix not in _LOADERS]
+    return _NAMES | {f"{prefix}...": "of an installed package" for prefix in others}
 
 
 def load(
@@ -71,33 +65,20 @@ def load(
         raise ValueError(f"horizon {horizon!r} is not a whole number of steps")
     if not 1 <= horizon <= MAX_HORIZON:
         raise ValueError(f"horizon {horizon} is outside 1 to {MAX_HORIZON} steps")
-    loaders = _LOADERS | plugins()
+    loaders = _LOADERS | plugins("suite")
     prefix = max((p for p in loaders if name.startswith(p)), key=len, default=None)
     if prefix is None:
         raise ValueError(unknown("suite", name, names()))
-    target = loaders[prefix]
-    if prefix in _LOADERS and prefix in plugins():
-        raise ValueError(
-            f"suites {prefix!r}... are built in, and an installed package registers {target} under "
-            "the same name: remove that package, or rename its suites"
-        )
-    module, _, function = target.partition(":")
+    make = registered("suite", prefix, _LOADERS)
     try:
-        make = getattr(import_module(module), function)
         suite = make(name, goals=goals, reward_version=reward_version, horizon=horizon)
     except Exception as error:
         if prefix in _LOADERS or isinstance(error, ValueError):  # it says what is wrong
             raise
         raise ValueError(
-            f"suites {prefix!r}... are registered as {target} by an installed package, but cannot "
-            f"be loaded: {type(error).__name__}: {error}"
+            f"suite {name!r}: {loaders[prefix]} failed: {type(error).__name__}: {error}"
         ) from None
     if not isinstance(suite, Suite):
-        raise ValueError(f"suite {name!r}: {target} made a {type(suite).__name__} and no Suite")
+        made = type(suite).__name__
+        raise ValueError(f"suite {name!r}: {loaders[prefix]} made a {made} and no Suite")
     return suite
-
-
-@cache
-def plugins() -> dict[str, str]:
-    """Prefix of names -> "module:function" of the suites of other installed packages."""
-    return {point.name: point.value for point in entry_points(group=_ENTRY_POINTS)}

@@ -10,9 +10,12 @@ import difflib
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,6 +169,36 @@ class Suite(ABC):
         random actions.
         """
         return {}
+
+
+@cache
+def plugins(kind: str) -> dict[str, str]:
+    """Name -> "module:attribute" of what other installed packages register as ``kind``."""
+    return {point.name: point.value for point in entry_points(group=f"mega_bench.{kind}s")}
+
+
+def registered(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
+    """What stands under ``name`` in ``built_in`` or among the plug-ins, imported.
+
+    Raises ValueError if a package takes a built-in name, or if its entry cannot be imported.
+    """
+    others = plugins(kind)
+    target = {**built_in, **others}[name]
+    if name in built_in and name in others:
+        raise ValueError(
+            f"{kind} {name!r} is built in, and an installed package registers {target} under the "
+            "same name: remove that package, or rename it there"
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:
+        if name in built_in:
+            raise
+        raise ValueError(
+            f"{kind} {name!r} is registered as {target} by an installed package, but cannot be "
+            f"loaded: {type(error).__name__}: {error}"
+        ) from None
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> str:

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from test_cli import bench
 
-import algorithms
 import suites
 from bench import frames
 from bench.doctor import run_checks
 from bench.spec import RunSpec
 from bench.store import RunStore, StoreError
 from bench.sweep import prepare
+from suites.base import plugins
 
 Finished = Callable[[str], RunStore]
 
@@ -276,14 +276,12 @@ def installed(
     (info / "entry_points.txt").write_text(f"[mega_bench.{kind}]\n{entry}\n")
     shutil.copy(Path(__file__).parent / "plugin" / "deep.py", folder)
     monkeypatch.syspath_prepend(str(folder))
-    algorithms.plugins.cache_clear()
-    suites.plugins.cache_clear()
+    plugins.cache_clear()
     try:
         yield
     finally:
         monkeypatch.undo()
-        algorithms.plugins.cache_clear()
-        suites.plugins.cache_clear()
+        plugins.cache_clear()
 
 
 def planned(algos: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -314,7 +312,7 @@ def test_a_plug_in_cannot_take_a_built_in_name(
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("toy = deep:Deep", "suites 'toy'... are built in"),
+        ("toy = deep:Deep", "suite 'toy' is built in"),
         ("deepsea = nowhere:load", "cannot be loaded: ModuleNotFoundError"),
         ("deepsea = deep:load", "cannot be loaded: AttributeError"),
         ("deepsea = unittest.mock:Mock", "made a Mock and no Suite"),
