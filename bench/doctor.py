@@ -62,7 +62,8 @@ def _compiler() -> Check:
         from llvmlite.binding import get_host_cpu_name
         from numba import njit
 
-        quarter = njit(_quarter)(np.float32(1))
+        compiled: Any = njit
+        quarter = compiled(_quarter)(np.float32(1))
     except Exception as error:  # noqa: BLE001  (numba and LLVM raise what they like)
         return _check("compiler", "bad", f"{type(error).__name__}: {error}", advice)
     if quarter != 0.25:
