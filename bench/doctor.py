@@ -59,7 +59,7 @@ def _compiler() -> Check:
     """Whether loops can be compiled here."""
     advice = "pip install -e . -c constraints.txt"
     try:
-        from llvmlite.binding import get_host_cpu_name
+        from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
         from numba import njit
 
         compiled: Any = njit
