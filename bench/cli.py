@@ -391,13 +391,15 @@ def _names_apart(sources: list[Path]) -> list[str]:
     raise UsageError("--compare: both directories are the same")
 
 
-def _last_change(sources: list[Path]) -> float:
-    """When the newest status or metrics below the directories were written."""
+def _last_change(sources: list[Path]) -> tuple[float, int]:
+    """When the newest status or metrics below the directories were written, and how many runs are
+    held: one that is killed writes nothing any more."""
     from bench.store import find
 
-    written = ("status.json", "metrics.csv")
-    files = [store.path / name for source in sources for store in find(source) for name in written]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    stores = [store for source in sources for store in find(source)]
+    files = [store.path / name for store in stores for name in ("status.json", "metrics.csv")]
+    written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    return written, sum(bool(store.busy or store.elsewhere) for store in stores)
 
 
 @app.command()
