@@ -57,12 +57,8 @@ def _draw_curve(axes: Axes, rows: pd.DataFrame, look: Look, bold: float, band: b
     bold_line(axes, steps, mean, look, bold)
 
 
-def _drawn(section: Section, rows: pd.DataFrame) -> list[str]:
-    return [label for label in section.labels if label in set(rows["label"])]
-
-
 def _curve_handles(section: Section, rows: pd.DataFrame) -> list[Any]:
-    handles = legend_lines(section, _drawn(section, rows), rows["run"])
+    handles = legend_lines(section, section.labels_in(rows), rows["run"])
     return handles + ([] if rows["finished"].all() else [UNFINISHED])
 
 
@@ -111,7 +107,7 @@ def _mean_curves(section: Section, labels: list[str], words: str, estimator: str
     return Drawing(
         title=words,
         figure=made,
-        caption=section.caption(estimator, _drawn(section, rows), rows["run"]),
+        caption=section.caption(estimator, section.labels_in(rows), rows["run"]),
         data=means.reset_index(name="success"),
     )
 
@@ -170,7 +166,7 @@ def sample_efficiency(section: Section) -> Drawing:
     data = pd.DataFrame(points)
     if data.empty:
         raise MissingError(f"no finished run was evaluated on every task ({section.missing})")
-    drawn = _drawn(section, data)
+    drawn = section.labels_in(data)
     for label in drawn:
         curve, look = data[data["label"] == label], styles[label]
         axes.fill_between(
@@ -204,7 +200,7 @@ def success_per_hour(section: Section) -> Drawing:
     styles = section_looks(section)
     made = new_figure(3.2)
     axes = made.subplots()
-    drawn = _drawn(section, rows)
+    drawn = section.labels_in(rows)
     for label in drawn:
         look, runs = styles[label], rows[rows["label"] == label]
         finished = [run for _, run in runs[runs["finished"]].groupby("run")]
@@ -267,7 +263,7 @@ def _task_curves(section: Section, metric: str, words: str, ylabel: str) -> Draw
         figure=made,
         caption=section.caption(
             f"{words}, at each evaluation and, last, the final one. {_CURVE_ESTIMATOR}{scale}",
-            _drawn(section, rows),
+            section.labels_in(rows),
             rows["run"],
         ),
         data=rows.rename(columns={"value": metric}),

@@ -151,7 +151,7 @@ def after_growth(section: Section) -> Drawing:
         raise MissingError("no run has a stage increase with training on both sides of it")
     styles = section_looks(section)
     made = new_figure(2.7)
-    labels = [label for label in section.labels if label in set(around["label"])]
+    labels = section.labels_in(around)
     for axes, column in zip(made.subplots(1, 2), ("success", "return"), strict=True):
         for label in labels:
             seeds = around[around["label"] == label].pivot_table(
@@ -270,7 +270,7 @@ def genetic_cost(section: Section) -> Drawing:
     styles = section_looks(section)
     made = new_figure(2.6)
     left, right = made.subplots(1, 2)
-    labels = [label for label in section.labels if label in set(spent["label"])]
+    labels = section.labels_in(spent)
     for axes, column in ((left, "share"), (right, "per_generation")):
         for (label, _, finished), of_run in spent.groupby(["label", "run", "finished"]):
             look = styles[str(label)]

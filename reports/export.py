@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def to_latex_files(results: Results, to: Path) -> list[Path]:
         for name, maker in makers.items():
             place = f"{folder}-{name}"
             outcome = produce(place, place, lambda: maker(source), ("tex",))  # noqa: B023
+            if outcome.failure:
+                warnings.warn(f"no {place}.tex: {outcome.failure}", stacklevel=3)
             for content in outcome.files.values():
                 paths.append(to / f"{place}.tex")
                 paths[-1].write_bytes(content)

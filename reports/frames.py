@@ -381,6 +381,11 @@ class Section:
         """Every label of the section in display order, also of runs without results."""
         return sorted(set(self.runs["label"]), key=order_key)
 
+    def labels_in(self, rows: pd.DataFrame) -> list[str]:
+        """The labels that have rows, in display order."""
+        present = set(rows["label"])
+        return [label for label in self.labels if label in present]
+
     @cached_property
     def ablations(self) -> list[Ablation]:
         """Ablations of which at least two variants have runs here, none within another."""

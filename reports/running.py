@@ -165,7 +165,7 @@ def equal_time(section: Section) -> Table:
     spans = rows.groupby("run")["hours"].agg(["min", "max"])
     times = [m for m in MINUTES if spans["min"].min() <= m / 60 <= spans["max"].max()][-5:]
     shown, data = [], []
-    for label in [label for label in section.labels if label in set(rows["label"])]:
+    for label in section.labels_in(rows):
         runs = [run for _, run in rows[rows["label"] == label].groupby("run")]
         ends = [float(run["hours"].iloc[-1]) for run in runs]
         after = {}

@@ -271,7 +271,7 @@ def area(section: Section) -> Table:
         height = float(stats.area_under_curve(curve["step"], curve["value"]))
         heights.append({"label": label, "run": run, "task": task, "area": height})
     data = pd.DataFrame(heights)
-    labels = [label for label in section.labels if label in set(data["label"])]
+    labels = section.labels_in(data)
     cells = data.groupby(["task", "label"])["area"].agg(["mean", "std"])
 
     def cell(task: str, label: str) -> str:
