@@ -613,6 +613,7 @@ class Community:
     def clear_fitness(self) -> None:
         """Restart every generation, best first: the networks behind the returns are no more."""
         self._champions = [None] * len(self._champions)
+        self._judged = [[] for _ in self._judged]
         for task, population in enumerate(self._populations):
             self._populations[task] = self._ranked(task)
             for genotype in population:

@@ -55,9 +55,9 @@ def _diversity(
     if not collapsed.any():
         return Finding("population", "good", words)
     # One survivor and its mutants is what Alg. 1 makes of three genotypes, of which it drops two.
-    alone = config.genetic(config.population_size, config.precision).survivors == 1
+    by_design = config.genetic(config.population_size, config.precision).survivors == 1
     return Finding(
-        "population", "note" if alone else "bad",
+        "population", "note" if by_design else "bad",
         f"collapsed in {listed(tasks, collapsed)}: {words}",
         "raise mutation_rate or population_size, or lower abandon_rate: more genotypes survive",
     )  # fmt: skip

@@ -41,6 +41,7 @@ class SingleTaskSACConfig(SACConfig):
             self._unused("loss_weight", because=because)
         if self.extreme_loss is not None:
             self._unused("extreme_loss", because=because)
+        self._unused("extreme_loss_weighted", because=because)
         return self
 
 

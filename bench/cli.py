@@ -393,13 +393,14 @@ def _names_apart(sources: list[Path]) -> list[str]:
 
 def _last_change(sources: list[Path]) -> tuple[float, int]:
     """When the newest status or metrics below the directories were written, and how many runs are
-    held: one that is killed writes nothing any more."""
+    in training: one that is killed writes nothing any more."""
+    from bench.frames import state_of
     from bench.store import find
 
     stores = [store for source in sources for store in find(source)]
     files = [store.path / name for store in stores for name in ("status.json", "metrics.csv")]
     written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
-    return written, sum(bool(store.busy or store.elsewhere) for store in stores)
+    return written, sum(state_of(store)["state"] == "running" for store in stores)
 
 
 @app.command()

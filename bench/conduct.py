@@ -121,10 +121,15 @@ def conduct(
             jobs = planned(sweep.prepare(specs, out, environment))
         except OSError as error:
             raise WorkError(str(error)) from None
-        # First: they check the suite's success rule, and a report may want them at any time.
-        with spinner(console, "evaluating the scripted experts and the random policy"):
-            for problem in references.ensure(specs, out, machine.environment(here, how.threads)):
-                print(f"bench: no reference rows of {problem}", file=sys.stderr)
+
+        def measure_references() -> None:
+            with spinner(console, "evaluating the scripted experts and the random policy"):
+                here_now = machine.environment(here, how.threads)
+                for problem in references.ensure(specs, out, here_now):
+                    print(f"bench: no reference rows of {problem}", file=sys.stderr)
+
+        if local:  # first: a report may want them at any time; on a cluster, where jobs queue, last
+            measure_references()
         started = time.monotonic()
         under_way = sweep.Sweep(
             jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
@@ -137,6 +142,8 @@ def conduct(
 
             under_way.run(notice)
     interrupted = under_way.interrupted
+    if not local and not interrupted:
+        measure_references()
     if how.notify and (problem := sweep.notify(how.notify, jobs, out, interrupted=interrupted)):
         print(f"bench: {problem}", file=sys.stderr)
     _conclude(console, jobs, out, time.monotonic() - started, interrupted=interrupted)
@@ -305,9 +312,10 @@ def _paper_hours(jobs: list[Job], meter: Meter, of_papers: Callable[[], set[str]
     pairs = dict.fromkeys((job.spec.algorithm, job.spec.suite) for job in jobs)
     known = of_papers()
     for name, suite in [pair for pair in pairs if pair[1] in known][:PAPER_EXAMPLES]:
-        spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
-        seconds = meter.cost(spec, 1, budget=0.2).seconds
-        hours.append(f"{name} on {suite} {seconds / 3600:,.0f} h")
+        with contextlib.suppress(Exception):  # an algorithm of the user's; its run will say what
+            spec = RunSpec.resolve(name, suite, 0, preset_name="paper")
+            seconds = meter.cost(spec, 1, budget=0.2).seconds
+            hours.append(f"{name} on {suite} {seconds / 3600:,.0f} h")
     return ", ".join(hours)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import shlex
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -249,16 +250,16 @@ def run_row(store: RunStore, name: str, timing: pd.DataFrame | None = None) -> d
     seconds = None if totals is None or totals.empty else float(totals.iloc[-1])
     try:
         row = _run_row(store, name, seconds)
-        for field in ("seed", "step", "steps_per_task"):
+        for field in ("seed", "steps_per_task"):
             if not isinstance(row[field], int):
                 raise TypeError(f"{field} {row[field]!r} is no whole number")
-        for field in ("success", "steps_per_second", "heartbeat"):
-            if not isinstance(row[field], int | float | None):
-                raise TypeError(f"{field} {row[field]!r} is no number")
-        return row
     except (KeyError, TypeError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise StoreError(f"{store.path / 'spec.json'} is damaged: {wrong}") from None
+    for field in ("step", "success", "steps_per_second", "heartbeat"):
+        if not isinstance(row[field], int | float | None):
+            raise StoreError(f"{store.path / 'status.json'} is damaged: {field} {row[field]!r}")
+    return row
 
 
 def _run_row(store: RunStore, name: str, seconds: float | None) -> dict[str, Any]:
@@ -345,11 +346,16 @@ def _command(spec: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
+SILENT_SECONDS = 300
+"""After which a run of another machine counts as interrupted; clocks may differ by less."""
+
+
 def state_of(store: RunStore) -> dict[str, Any]:
-    """The run's status; one that says running while no process, here or on another machine, holds
-    it was interrupted."""
+    """The run's status; one that says running was interrupted if no process here holds it, nor one
+    of another machine that has shown a sign of life lately."""
     status = store.status()
-    if status["state"] == "running" and not (store.busy or store.elsewhere):
+    silent = time.time() - float(status.get("time", 0)) > SILENT_SECONDS
+    if status["state"] == "running" and not (store.busy or (store.elsewhere and not silent)):
         status["state"] = "interrupted"
     return status
 

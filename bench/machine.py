@@ -122,10 +122,11 @@ def plugins() -> dict[str, str]:
 def origin() -> dict[str, Any]:
     """What is known of a run's environment before it is known where it will be trained."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    for place, word in enumerate(words):
-        if word == "--notify" or word.startswith("--notify="):  # may hold a secret
-            words[place : place + 1 + (word == "--notify")] = ["--notify", "..."]
-            break
+    for place, word in enumerate(words):  # what is run then may hold a secret
+        if word.startswith("--notify="):
+            words[place] = "--notify=..."
+        elif words[place - 1] == "--notify":
+            words[place] = "..."
     return {"command": shlex.join(words)}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.evaluate import Policy, episodes_needed, evaluate
 from bench.spec import Protocol, RunSpec
-from bench.store import RunStore
+from bench.store import BusyError, RunStore
 from suites.base import Suite, stream
 
 POLICIES = ("expert", "random")
@@ -92,6 +92,8 @@ def ensure(specs: Sequence[RunSpec], out: Path, environment: dict[str, Any]) -> 
                 (store.path / "metrics.csv").unlink(missing_ok=True)
                 RunStore.create(out, spec, environment)
                 measure(spec, store)
-        except (RuntimeError, OSError) as error:  # of the store, or the simulator's
-            problems.append(f"{spec.suite} {spec.label}: {error}")
+        except BusyError:  # another sweep is at it
+            continue
+        except Exception as error:  # noqa: BLE001  (the suite's: what it costs is these rows)
+            problems.append(f"{spec.suite} {spec.label}: {type(error).__name__}: {error}")
     return problems

@@ -509,8 +509,11 @@ def _build(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer, content in layers.items():
-        for field in model.model_fields:
-            if field in content:
+        for field, info in model.model_fields.items():
+            # What a user repeats of the layers below changes nothing, and has their source.
+            if field not in content:
+                continue
+            if layer != "user" or content[field] != values.get(field, info.default):
                 values[field], sources[field] = content[field], layer
     strange = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     problems = [f"{owner}: {k}={values.pop(k)}: not a finite number" for k in strange]

@@ -321,6 +321,8 @@ class Job:
     """Where in the log this attempt began."""
     attempts: int = 0
     """How often it was started."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """Its status when this attempt began."""
 
     @cached_property
     def group(self) -> str:
@@ -404,6 +406,7 @@ class Sweep:
         places, orders = [], []
         for place in chosen:
             job = self.jobs[place]
+            job.before = job.store.status()
             try:
                 job.log_start = job.store.log_length()
             except OSError as error:
@@ -449,7 +452,7 @@ class Sweep:
         else:
             lost, job.error = _why(job, end, log)
             job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
-            if job.store.status()["state"] != "failed":  # its own process could not say so
+            if _said(job)["state"] != "failed":  # its own process could not say so
                 _record_failure(job)
 
 
@@ -461,7 +464,7 @@ def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
         return True, f"the process was killed by {name}{hint}"
     if end.reason:
         return True, end.reason
-    status = job.store.status()
+    status = _said(job)
     if status["state"] == "running" and "Timeout (" in log:
         return True, (
             "the process hung and was ended (a simulator that does not answer?); log.txt says where"
@@ -474,6 +477,12 @@ def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
         # Neither status nor log may have found room for the reason.
         error = f"the disk of {job.store.path} is full ({size(free)} free)"
     return False, error
+
+
+def _said(job: Job) -> dict[str, Any]:
+    """What the job's process has written as its status; not what an earlier one had."""
+    status = job.store.status()
+    return {"state": "pending"} if status == job.before else status
 
 
 def _record_failure(job: Job) -> None:

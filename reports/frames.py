@@ -442,8 +442,9 @@ class Section:
 
     @property
     def full_scale(self) -> bool:
-        """Whether every run was trained and evaluated as a paper does."""
-        return bool(self.runs["full_scale"].all())
+        """Whether every run of ours was trained and evaluated as a paper does."""
+        ours = self.runs[self.runs["origin"] == ""]
+        return len(ours) > 0 and bool(ours["full_scale"].all())
 
     @property
     def imported(self) -> bool:
@@ -693,7 +694,7 @@ def _task_order(
     place = {name: k for k, name in enumerate(known)}
     if len(ours):
         told = [*known, *told]
-    elif not told and len(metrics):
+    if not told and len(metrics):
         told = [WITHOUT_TASKS]
     return tuple(dict.fromkeys(sorted(told, key=lambda name: place.get(name, len(place)))))
 

@@ -65,7 +65,8 @@ def mean_std(seed_means: ArrayLike) -> tuple[float, float]:
 
 
 def mean_interval(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """Mean over axis 0 with its 95 % t interval; the bounds are NaN below three seeds."""
+    """Mean over axis 0 with its 95 % t interval; the bounds are NaN below three seeds, and where
+    seeds are alike."""
     x = _floats(values)
     n = x.shape[0]
     mean = x.mean(axis=0)
@@ -73,6 +74,7 @@ def mean_interval(values: ArrayLike) -> tuple[Floats, Floats, Floats]:
         unknown = np.full_like(mean, np.nan)
         return mean, unknown, unknown
     half = distributions.t.ppf((1 + CONFIDENCE) / 2, n - 1) * x.std(axis=0, ddof=1) / np.sqrt(n)
+    half = np.where(np.ptp(x, axis=0) > 0, half, np.nan)
     return mean, mean - half, mean + half
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
@@ -279,7 +280,8 @@ def _end(pipe: Any, process: Any) -> None:
 
 
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
+"""Of Linux's prctl: the signal that a process gets when its parent ends (the thread of it that
+started the process: make environments in one that lives as long as they do)."""
 
 
 def _serve(pipe: Any, make_shard: Callable[[], Shard]) -> None:
@@ -288,6 +290,9 @@ def _serve(pipe: Any, make_shard: Callable[[], Shard]) -> None:
         signal.signal(number, signal.SIG_IGN)  # sent to all processes: the parent decides
     if sys.platform == "linux":  # one that hangs never looks at its pipe
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it ended before that
+            return
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             shard = make_shard()

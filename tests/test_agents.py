@@ -52,6 +52,7 @@ WITHOUT_EFFECT = [
     ("mt_sac", {"extreme_loss": None, "extreme_loss_weighted": True}),
     ("sac", {"loss_weight": "alpha"}),
     ("sac", {"extreme_loss": 10.0}),
+    ("sac", {"extreme_loss_weighted": True}),
     ("d2r@printed", {"resrouting": False}),
     ("mega@softmax", {"offset": 0.5}),
 ]

@@ -225,6 +225,17 @@ def test_a_curve_is_the_mean_of_one_set_of_tasks(tmp_path: Path) -> None:
     assert len(section.task_curves("success")) == 4
 
 
+def test_imports_change_neither_our_scale_nor_wait_for_our_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    path.write_text(f"{_HEAD},suite,preset,steps_per_task\nx,9,0.5,mt10_rand,paper,1500000\n")
+    ours = make_results(("mega",), seeds=1, preset="paper", steps_per_task=1_500_000)
+    (section,) = sections(ours + read_curves(path))
+    assert section.full_scale
+    begun = replace(ours, metrics=pd.DataFrame(), probes={}, traces={}, tasks={})
+    (section,) = sections(begun + read_curves(path))
+    assert section.scores("x").to_numpy().tolist() == [[0.5]]
+
+
 def test_a_copied_run_is_no_further_seed() -> None:
     results = make_results(("mega", "d2r"), seeds=3)
     runs = results.runs.assign(id=[f"{k:x}" for k in range(len(results.runs))])
@@ -386,23 +397,25 @@ def test_a_cut_snapshot_costs_one_run(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "noticed"),
     [
-        lambda text: text.partition("\n")[2],
-        lambda text: text.replace("kind", "knd", 1),
-        lambda text: text + "4000,eval,reach,success,0x5,10\n",
-        lambda text: text + "many,eval,reach,success,5,10\n",
-        lambda text: text[:-3],
+        (lambda text: text.partition("\n")[2], True),
+        (lambda text: text.replace("kind", "knd", 1), True),
+        (lambda text: text + "4000,eval,reach,success,0x5,10\n", True),
+        (lambda text: text + "many,eval,reach,success,5,10\n", True),
+        (lambda text: text[:-3], False),  # a number, or none, in place of a longer one
     ],
 )
-def test_damaged_metrics_cost_one_run(runs: Path, damage: Callable[[str], str]) -> None:
+def test_damaged_metrics_cost_one_run(
+    runs: Path, damage: Callable[[str], str], noticed: bool
+) -> None:
     (original,) = runs.glob("toy/mega/*")
     shutil.copytree(original, damaged := original.with_name("9-0123456789"))
     (damaged / "SHA256SUMS").unlink()
     metrics = damaged / "metrics.csv"
     metrics.write_text(damage(metrics.read_text()))
     loaded = Results(**frames.load(runs))
-    assert set(loaded.unreadable) <= {"toy/mega/9-0123456789"}
+    assert list(loaded.unreadable) == ["toy/mega/9-0123456789"] * noticed
     assert len(loaded.runs) + len(loaded.unreadable) == 2
     assert "because of an error" not in build(loaded, runs / "page", formats=()).read_text()
 

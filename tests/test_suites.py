@@ -709,7 +709,6 @@ SCRIPT = """
 import os, signal, sys, time, multiprocessing
 import numpy as np
 import suites
-from bench.evaluate import evaluation_seeds
 
 if __name__ == "__main__":
     env = suites.load("toy", horizon=5).make(seed=0, workers=2)
