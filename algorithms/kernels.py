@@ -465,6 +465,15 @@ def push(
                         blocked[j, n, w] += p * a[n, w]
 
 
+# Loops that contain others have them as parts of their own. Calls would go to one function of that
+# name for the whole process, whichever was loaded first, and compiled in another place it may add
+# up in another order.
+_mix, _activate, _activate_backward, _push = (
+    register_jitable(inline="always")(loop.py_func)  # type: ignore[attr-defined]
+    for loop in (mix, activate, activate_backward, push)
+)
+
+
 @_compile
 def run_modules(
     begin: int, end: int, size: int, first: Array, sources: Array, weights: Array, weight: Array,
@@ -496,11 +505,11 @@ def run_modules(
         for i in range(modules):
             if i > 0:
                 np.dot(u[i - 1, a:b], weight[c, i - 1], x[i, a:b])
-                activate(
+                _activate(
                     x[i, a:b], bias[c, i - 1], scale[c, i - 1], shift[c, i - 1], u[i - 1, a:b],
                     inverse[i, a:b], m[i, a:b],
                 )  # fmt: skip
-            mix(m, a, sources[i, n:past], weights[i, n:past], u[i, a:b])
+            _mix(m, a, sources[i, n:past], weights[i, n:past], u[i, a:b])
         out[c, row:stop] = u[modules - 1, a:b]
 
 
@@ -532,14 +541,14 @@ def run_modules_backward(
         arriving[:] = gradient[c, row:stop]
         together = arriving  # and through the shortcut, which the head has not
         for i in range(modules - 1, -1, -1):
-            push(
+            _push(
                 arriving, together, m, n, sources[i, n:past], weights[i, n:past],
                 suitable[i, n:past], masked, whole, blocked, g_weights[i, n:past],
             )  # fmt: skip
             together = whole[i, :count]
             if i == 0:
                 break
-            activate_backward(
+            _activate_backward(
                 together, blocked[i, :count], x[i, n:past], scale[c, i - 1], shift[c, i - 1],
                 inverse[i, n:past], x[i, n:past], of_layers[block, 0, i - 1 : i],
                 of_layers[block, 1, i - 1 : i], of_layers[block, 2, i - 1 : i],

@@ -7,7 +7,10 @@ either version of the loop, a sum is not, so a run resumed in another process wo
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,3 +136,32 @@ def test_results_do_not_depend_on_where_arrays_lie(name: str) -> None:
             kernel(*arrays)
             results.add(b"".join(a.tobytes() for a in arrays))
         assert len(results) == 1, f"width {width}"
+
+
+HISTORY = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from bench.spec import RunSpec
+from bench.store import RunStore
+from bench.train import train
+for place in map(Path, sys.argv[1:]):
+    spec = RunSpec.resolve(place.name, "toy", 0, preset_name="smoke", overrides={
+        "steps_per_task": 150, "horizon": 25, "warmup_steps": 50, "eval_every": 150,
+        "eval_episodes": 2, "final_episodes": 2, "batch_per_task": 8,
+    })
+    train(spec, RunStore.create(place, spec, {}))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_process_has_trained_before_changes_no_byte(tmp_path: Path) -> None:
+    """A compiled loop was linked with whichever of its parts had been loaded first."""
+    measured = []
+    for names in (["d2r"], ["mt_sac", "d2r"]):
+        places = [str(tmp_path / "-".join(names) / name) for name in names]
+        subprocess.run([sys.executable, "-c", HISTORY, *places], check=True, timeout=300)
+        (metrics,) = Path(places[-1]).rglob("metrics.csv")
+        measured.append(metrics.read_bytes())
+    assert measured[0] == measured[1]
