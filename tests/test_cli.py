@@ -20,6 +20,7 @@ import pytest
 
 import algorithms
 import suites
+import suites.base
 from bench.cli import app, main
 
 BENCH = [sys.executable, "-m", "bench.cli"]
@@ -163,8 +164,11 @@ def test_no_seeds_named_is_no_default() -> None:
 
 
 def test_a_broken_plug_in_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = algorithms.table() | {"broken": "no_such_package.deep:Deep"}
-    monkeypatch.setattr(algorithms, "table", lambda: broken)
+    def plugins(kind: str) -> dict[str, str]:
+        return {"broken": "no_such_package.deep:Deep"} if kind == "algorithm" else {}
+
+    for module in (algorithms, suites.base):
+        monkeypatch.setattr(module, "plugins", plugins)
     for listing in ("algos", "variants"):
         shown = bench("list", listing)
         assert shown.returncode == 0
