@@ -23,7 +23,7 @@ from bench.console import (
     spinner,
 )
 from bench.progress import Progress
-from bench.spec import RunSpec, preset
+from bench.spec import RunSpec, changed_protocol, preset
 from bench.speed import Cost, Meter
 from bench.store import StoreError
 from bench.sweep import Job, size
@@ -123,9 +123,9 @@ def conduct(
             raise WorkError(str(error)) from None
 
         def measure_references() -> None:
+            facts = environment if local else machine.environment(here, how.threads)
             with spinner(console, "evaluating the scripted experts and the random policy"):
-                here_now = machine.environment(here, how.threads)
-                for problem in references.ensure(specs, out, here_now):
+                for problem in references.ensure(specs, out, facts):
                     print(f"bench: no reference rows of {problem}", file=sys.stderr)
 
         if local:  # first: a report may want them at any time; on a cluster, where jobs queue, last
@@ -244,12 +244,13 @@ def _print_plan(
         of_preset = [job for job in jobs if job.spec.preset == chosen.name]
         scale = "Full scale" if chosen.full_scale else "Reduced scale"
         changed = {f"{k}={getattr(job.spec.protocol, k)}" for job in of_preset
-                   for k in job.spec.changed_protocol}  # fmt: skip
+                   for k in changed_protocol(job.spec.sources)}  # fmt: skip
         but = f" but for {', '.join(sorted(changed))}" if changed else ""
         papers = ""
         if not chosen.full_scale:
+            waiting = [job for job in of_preset if job.outcome == "pending"]
             with spinner(console, "measuring the papers' scale"):
-                hours = _paper_hours([job for job in of_preset if job in todo], meter, of_papers)
+                hours = _paper_hours(waiting, meter, of_papers)
             papers = " The papers' scale is --preset paper" + (hours and f": a run here, {hours}")
         console.print(f"{scale}{but}, preset {chosen.name}: {chosen.description}{papers}")
     already = sum(job.outcome == "skipped" for job in jobs)

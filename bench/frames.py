@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 
 from algorithms.agent import Finding, History
-from bench.spec import preset, preset_names, title
-from bench.store import RunStore, StoreError, find
+from bench.spec import changed_protocol, preset, preset_names, title
+from bench.store import METRICS, TIMING, RunStore, StoreError, find
 from bench.sweep import ablations
 
 Frames = dict[str, Any]
@@ -308,10 +308,9 @@ def _run_row(store: RunStore, name: str, seconds: float | None) -> dict[str, Any
 
 def _full_scale(spec: dict[str, Any]) -> bool:
     """Whether the protocol is that of a paper, with nothing of it changed."""
-    changed = {key for key, source in spec.get("sources", {}).items() if source == "user"}
     name = spec.get("preset", "")
     known = name in preset_names() and preset(name).full_scale
-    return known and changed.isdisjoint(spec.get("protocol", {}))
+    return known and not changed_protocol(spec.get("sources", {}))
 
 
 def _description(store: RunStore) -> dict[str, Any]:
@@ -380,13 +379,6 @@ def _updates_per_second(protocol: dict[str, Any], step: int, seconds: float | No
         return None
     learning = max(0, step - protocol.get("warmup_steps", 0)) / protocol["envs_per_task"]
     return float(learning * protocol["updates_per_step"] / seconds)
-
-
-METRICS: dict[str, type] = {
-    "step": int, "kind": str, "task": str, "metric": str, "value": float, "count": float
-}  # fmt: skip
-TIMING: dict[str, type] = {"step": int, "section": str, "seconds": float}
-"""Columns of a run's files."""
 
 
 def read_metrics(store: RunStore) -> pd.DataFrame | None:

@@ -244,12 +244,6 @@ class RunSpec(BaseModel):
             wrong = [explain(self.algorithm, problem) for problem in error.errors()]
             raise SpecError("\n".join(wrong)) from None
 
-    @property
-    def changed_protocol(self) -> list[str]:
-        """Fields of the protocol that the user set."""
-        fields = type(self.protocol).model_fields
-        return sorted(k for k, source in self.sources.items() if source == "user" and k in fields)
-
     def make_agent(self, device: str = "cpu") -> Agent:
         """The untrained agent. Raises SpecError if its algorithm or the suite is not here."""
         shape = self.make_suite().spec
@@ -357,6 +351,12 @@ class RunSpec(BaseModel):
             changed=changed,
             sources=sources,
         )
+
+
+def changed_protocol(sources: Mapping[str, str]) -> list[str]:
+    """Fields of the protocol that the user set, by a specification's ``sources``."""
+    fields = Protocol.model_fields
+    return sorted(k for k, source in sources.items() if source == "user" and k in fields)
 
 
 def title(label: str, changed: Mapping[str, Any]) -> str:

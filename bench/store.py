@@ -46,8 +46,12 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 """What a status may tell, as JSON has it."""
 
-METRICS_HEADER = b"step,kind,task,metric,value,count\n"
-TIMING_HEADER = b"step,section,seconds\n"
+METRICS: dict[str, type] = {
+    "step": int, "kind": str, "task": str, "metric": str, "value": float, "count": float
+}  # fmt: skip
+TIMING: dict[str, type] = {"step": int, "section": str, "seconds": float}
+"""Columns of a run's files."""
+METRICS_HEADER, TIMING_HEADER = (f"{','.join(each)}\n".encode() for each in (METRICS, TIMING))
 CHECKPOINTS_KEPT = 2
 SUMS = "SHA256SUMS"
 LOOK_SECONDS = 0.5

@@ -16,6 +16,8 @@ class Removal(NamedTuple):
     path: Path
     size: int
     why: str
+    modified: float
+    """Seconds since the epoch."""
 
 
 def removable(stores: Iterable[RunStore], *, checkpoints: bool = False) -> list[Removal]:
@@ -37,7 +39,8 @@ def removable(stores: Iterable[RunStore], *, checkpoints: bool = False) -> list[
                 files += [(path, "last checkpoint of a finished run") for path in kept[:1]]
         for path, why in files:
             with suppress(FileNotFoundError):  # a run has begun, or somebody else cleans, too
-                found.append(Removal(path, path.stat().st_size, why))
+                facts = path.stat()
+                found.append(Removal(path, facts.st_size, why, facts.st_mtime))
     return found
 
 
@@ -60,12 +63,6 @@ def used(out: Path) -> int:
     return total
 
 
-def _modified(path: Path) -> float:
-    with suppress(FileNotFoundError):
-        return path.stat().st_mtime
-    return 0.0
-
-
 def keep_within(out: Path, budget: int) -> list[Removal]:
     """Thin the checkpoints below ``out`` until it holds ``budget`` bytes at most, if that can be:
     first what nobody reads, then last checkpoints of finished runs, longest finished first.
@@ -77,9 +74,7 @@ def keep_within(out: Path, budget: int) -> list[Removal]:
         return []
     stores = find(out)
     first = removable(stores)
-    last = sorted(
-        set(removable(stores, checkpoints=True)) - set(first), key=lambda r: _modified(r.path)
-    )
+    last = sorted(set(removable(stores, checkpoints=True)) - set(first), key=lambda r: r.modified)
     chosen: list[Removal] = []
     for removal in [*first, *last]:
         if excess <= 0:

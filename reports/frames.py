@@ -583,22 +583,24 @@ class Section:
         each run the steps at which all of its tasks were evaluated. ``success`` comes as a rate;
         ``return`` as the mean over the evaluation's episodes.
         """
-        rows = self._evaluations(metric)
-        here = rows.groupby(["run", "step"])["task"].transform("nunique")
-        return rows[here == rows.groupby("run")["task"].transform("nunique")]
+        return self._evaluations(metric)[0]
 
     def task_curves(self, metric: str) -> pd.DataFrame:
         """The same of each task by itself, at whatever steps it was evaluated."""
-        rows = self._evaluations(metric)
+        rows = self._evaluations(metric)[1]
         return rows[rows["task"].isin(self.tasks)]
 
     @cached_property
-    def _known(self) -> dict[str, pd.DataFrame]:
+    def _known(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
         return {}
 
-    def _evaluations(self, metric: str) -> pd.DataFrame:
+    def _evaluations(self, metric: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The rows at steps where a run has all of its tasks, and all rows."""
         if metric not in self._known:
-            self._known[metric] = self._evaluation_rows(metric)
+            rows = self._evaluation_rows(metric)
+            here = rows.groupby(["run", "step"])["task"].transform("nunique")
+            whole = rows[here == rows.groupby("run")["task"].transform("nunique")]
+            self._known[metric] = whole, rows
         return self._known[metric]
 
     def _evaluation_rows(self, metric: str) -> pd.DataFrame:

@@ -207,7 +207,7 @@ def _varies(x: Floats, y: Floats) -> bool:
 
     Identical seeds on both sides carry no information about the spread of further ones.
     """
-    rounding = 1e-9 * max(np.abs(x).max(), np.abs(y).max())
+    rounding = 1e-12 * max(np.abs(x).max(), np.abs(y).max())
     return bool(max(np.ptp(x), np.ptp(y)) > rounding)
 
 
