@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from reports import stats
@@ -139,40 +140,28 @@ def task_heat_map(section: Section) -> Drawing:
     columns |= {f"{name} (reference)": row for name, row in section.references.iterrows()}
     rates = pd.DataFrame(columns).reindex(list(section.tasks))
     rates.loc["mean over tasks"] = rates.mean()
-    values = rates.to_numpy(dtype=float)
     many = len(rates) > 25
     made = new_figure(
         height=1.3 + (0.155 if many else 0.2) * len(rates),
         width=min(7.1, 2.2 + 0.75 * len(columns)),
     )
     axes = made.subplots()
-    # Squares of a table have no gaps and no ticks.
-    axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    for row, column in np.ndindex(*values.shape):
-        if np.isfinite(value := values[row, column]):
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=5.5 if many else 6.5,
-                color="white" if value < 0.55 else "black",
-            )
-    axes.axhline(len(rates) - 1.5, color="white", linewidth=2.5)
-    axes.grid(visible=False)
+    seaborn.heatmap(
+        rates, vmin=0, vmax=1, cmap="cividis", cbar=False, annot=True, fmt=".2f",
+        annot_kws={"fontsize": 5.5 if many else 6.5}, ax=axes,
+    )  # fmt: skip
+    axes.axhline(len(rates) - 1, color="white", linewidth=2.5)
     axes.tick_params(length=0)
     slanted = len(columns) > 3 or max(map(len, columns)) > 12
     axes.set_xticks(
-        range(len(columns)),
+        np.arange(len(columns)) + 0.5,
         [wrapped(with_seeds(section, name) if name in labels else name) for name in columns],
         rotation=30 if slanted else 0,
         ha="right" if slanted else "center",
     )
     names = [task_name(str(task)) for task in rates.index]
-    axes.set_yticks(range(len(rates)), names, fontsize=6 if many else 7)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_yticks(np.arange(len(rates)) + 0.5, names, fontsize=6 if many else 7)
+    axes.set(xlabel="", ylabel="")
     title(made, "Success per task", section)
     return Drawing(
         title="Success per task and algorithm",
