@@ -165,8 +165,7 @@ _JUDGED = (
     "Difference of the mean final success rates with its own 95 % interval, Welch's t on seed "
     f"means, none below {stats.MIN_SEEDS} seeds. p values are Holm-adjusted over the rows of this "
     "table, and the verdict follows them. P: probability that a random seed of the first is "
-    "better on a random task (ties half); its bootstrap draws seeds within each task, so it does "
-    "not widen where a whole seed is lucky."
+    f"better on a random task (ties half); its interval is the bootstrap's, {stats.TOO_NARROW}."
 )
 
 
