@@ -119,6 +119,8 @@ class Agent(ABC):
     """Shape and numpy dtype per transition of what `act` returns in `Action.extras`."""
     seconds: dict[str, float]
     """Wall-clock seconds, since construction, of parts that deserve a row in the timings."""
+    owed_updates: int = 0
+    """Updates to make before the next action on top of the protocol's; `update` counts them."""
 
     def __init__(
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"

@@ -85,6 +85,9 @@ class SACConfig(AgentConfig):
     resets: Annotated[int, Field(ge=0)] | None = 0
     """How often, evenly over the run, networks, temperatures and optimisers start anew while the
     replay stays; none: 4 up to ten tasks, 6 above (Cho et al. 2025, ARS)."""
+    reset_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates on the replay that follow a reset at once, before the new actor acts (the authors'
+    code of ARS: 1,000)."""
     pcgrad: bool = False
     """Project each task's gradient off those it conflicts with (Yu et al. 2020, PCGrad), in actor
     and critics. For plain networks, whose every layer all tasks or one task own."""
@@ -123,6 +126,7 @@ ARS: dict[str, Any] = {
     "reward_floor": 0.01,
     "reward_balance_every": None,
     "resets": None,
+    "reset_updates": 1000,
     "loss_weight": "none",
     "alpha_max": None,
 }
@@ -130,8 +134,7 @@ ARS: dict[str, Any] = {
 any algorithm here. Loss weights and the cap on alpha are off: temperatures grow with rewards, so
 both would undo a larger factor. What stays the algorithm's, and is otherwise in the authors' code:
 four layers of 400 (actor ReLU, critics tanh), a LayerNorm on the critics' input, too, no clipping,
-a temperature rate of 3e-4, rewards not times 0.1, the first critic alone in the actor's loss, and
-1,000 updates on the replay after each reset, before acting on."""
+a temperature rate of 3e-4, rewards not times 0.1 and the first critic alone in the actor's loss."""
 
 
 class SAC(Agent):
@@ -275,6 +278,7 @@ class SAC(Agent):
             fast: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(slow, fast, self.config.tau)
         self.updates += 1
+        self.owed_updates = max(0, self.owed_updates - 1)
         self.fresh = False
         self.on_new_alpha()
         self.after_update(kept)
@@ -374,6 +378,7 @@ class SAC(Agent):
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self.resets_done += 1
+        self.owed_updates = self.config.reset_updates
         self.fresh = True
         self.on_new_alpha()
 

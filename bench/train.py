@@ -224,8 +224,11 @@ def run_loop(
 
     def learn() -> None:
         with clock("update"):
-            for _ in range(p.updates_per_step):
+            made = 0
+            while made < p.updates_per_step or agent.owed_updates:
                 meters.add_update(agent.update(replay.sample(p.batch_per_task)))
+                made += 1
+                beat()
 
     while step < p.steps_per_task:
         learning = step + p.envs_per_task > p.warmup_steps

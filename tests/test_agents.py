@@ -16,7 +16,8 @@ import torch
 
 import algorithms
 import suites
-from algorithms.agent import Agent, Batch
+from algorithms.agent import Action, Agent, Batch
+from algorithms.mt_sac import MTSAC
 from bench.evaluate import evaluate
 from bench.spec import RunSpec, SpecError
 from bench.store import RunStore
@@ -279,6 +280,26 @@ def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spe
         each.update(batches[0])
         assert each.resets_done == 2
     same(agent.state_dict(), other.state_dict())
+
+
+def test_updates_that_follow_a_reset_are_made_before_the_new_actor_acts(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = toy_spec("mt_sac", resets=2, reset_updates=40)
+    acted_after: list[int] = []
+    act = MTSAC.act
+
+    def observed(self: MTSAC, obs: np.ndarray, explore: bool) -> Action:
+        if explore:
+            acted_after.append(self.updates)
+        return act(self, obs, explore)
+
+    monkeypatch.setattr(MTSAC, "act", observed)
+    train(spec, open_store(tmp_path, spec))
+    made = np.diff(acted_after)
+    assert (made == 40).sum() == 2
+    assert set(made.tolist()) == {0, 1, 40}  # none in the warm-up
+    assert acted_after.index(acted_after[-1]) > 167
 
 
 def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> None:
