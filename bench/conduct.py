@@ -66,6 +66,11 @@ def conduct(
     launch.launcher_options(how.launcher, how.launcher_set)
     if not (how.hang_seconds == 0 or how.hang_seconds >= 10):
         raise UsageError(f"--hang-seconds {how.hang_seconds}: expected at least 10, or 0 for never")
+    if how.launcher != "local" and how.device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {how.device} is one of this machine's: with --launcher {how.launcher} a run "
+            "sees the GPUs that it asks for, as cuda"
+        )
     if how.launcher != "local" and how.workers != "auto":
         raise UsageError(
             f"--workers {how.workers} is for this machine: --launcher {how.launcher} starts runs "
@@ -84,7 +89,8 @@ def conduct(
         raise UsageError(f"--track: {error}") from None
     local = how.launcher == "local"
     out = how.out if local else how.out.resolve()  # other machines have other working directories
-    at_a_time = _workers(how.workers, max(how.threads, how.sim_workers))
+    cores = max(how.threads, how.sim_workers)
+    at_a_time = _workers(how.workers, cores)
     # A cluster's machines may have devices that this one lacks.
     here = resolved_device(how.device if local else "auto")
     gpus = machine.gpus(here) if local else []
@@ -111,7 +117,7 @@ def conduct(
     try:
         sweep.writable(out)
         launcher = launch.launcher(
-            how.launcher, how.launcher_set, out=out, workers=at_a_time, threads=how.threads,
+            how.launcher, how.launcher_set, out=out, workers=at_a_time, cores=cores,
             device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,
         )  # fmt: skip
     except (StoreError, RuntimeError) as error:
@@ -134,7 +140,11 @@ def conduct(
         under_way = sweep.Sweep(
             jobs, launcher, options=how.train_options, threads=how.threads, retries=how.retries
         )
-        with Progress(console, jobs) as progress, _Aside(jobs, out, trackers, budget) as aside:
+        begun = "started" if local else "handed over"
+        with (
+            Progress(console, jobs, begun) as progress,
+            _Aside(jobs, out, trackers, budget) as aside,
+        ):
 
             def notice(job: Job | None) -> None:
                 progress.notice(job)

@@ -9,20 +9,23 @@ whether it may be trained are questions for its directory.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bench.spec import SpecError, explain, parse_overrides
 from bench.store import RunStore
@@ -34,8 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = str(ROOT) in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 """Whether that is among the installed packages, which every process finds."""
 POLL_SECONDS = 0.2
-REMOTE_WAIT_SECONDS = 120.0
+REMOTE_WAIT_SECONDS = 900.0
 """How long a run started again elsewhere waits for its orphan, which ends with its episode."""
+REMOTE_HEARTBEAT_SECONDS = 5.0
+"""Between signs of life of a run elsewhere: hundreds of them share one file system."""
 
 
 class Order(NamedTuple):
@@ -92,6 +97,8 @@ class Launcher(Protocol):
 
     slots: float
     """Orders that it takes at a time."""
+    poll_seconds: float
+    """How often its handles are worth asking."""
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """Start or queue them. Raises OSError or RuntimeError if it cannot."""
@@ -105,6 +112,8 @@ class Launcher(Protocol):
 
 class Local:
     """Processes of this machine, shared out evenly over its GPUs if it has any."""
+
+    poll_seconds = 0.25
 
     def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
         """``workers``: runs at a time. ``gpus``: as CUDA_VISIBLE_DEVICES names them."""
@@ -152,14 +161,18 @@ class _Process:
 class Remote:
     """An order carried out where another program calls it: a Ray worker, a SLURM job."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, order: Order, *, save_seconds: float = math.inf) -> None:
+        """``save_seconds``: how long `checkpoint` may take."""
+        self.order, self.save_seconds = order, save_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Train to the end; the exit code."""
-        waiting = ("--wait-seconds", str(REMOTE_WAIT_SECONDS))
-        order = self.order._replace(options=(*self.order.options, *waiting))
+        here = (
+            "--wait-seconds", str(REMOTE_WAIT_SECONDS),
+            "--heartbeat-seconds", str(REMOTE_HEARTBEAT_SECONDS),
+        )  # fmt: skip
+        order = self.order._replace(options=(*self.order.options, *here))
         self._process = process = order.start()
         while True:
             try:
@@ -170,13 +183,28 @@ class Remote:
                 process.send_signal(signal.SIGINT)
 
     def checkpoint(self) -> Any:
-        """Submitit calls this when the time limit is near: save, and be queued again."""
+        """Submitit calls this when the time limit is near: save, and be queued again.
+
+        A run that does not end its episode in time goes on from its last checkpoint.
+        """
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait()
-        return DelayedSubmission(Remote(self.order))
+            # Never without a limit: this interrupts `__call__`, which may hold the lock of `wait`.
+            limit = min(self.save_seconds, threading.TIMEOUT_MAX)
+            try:
+                self._process.wait(limit)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return DelayedSubmission(Remote(self.order, save_seconds=self.save_seconds))
+
+
+def _whole_above_one(value: float | None) -> float | None:
+    """Ray shares one processor or GPU out, not several."""
+    if value is not None and value > 1 and value % 1:
+        raise ValueError("above 1, whole numbers only")
+    return value
 
 
 class RayOptions(BaseModel):
@@ -187,11 +215,14 @@ class RayOptions(BaseModel):
     address: str | None = None
     """Of the cluster. Default: RAY_ADDRESS, else a cluster that runs on this machine, else a new
     one of this machine alone."""
-    cpus_per_run: Annotated[float, Field(gt=0)] | None = None
-    """Default: --threads."""
-    gpus_per_run: Annotated[float, Field(ge=0)] | None = None
+    cpus_per_run: Annotated[float | None, Field(gt=0), AfterValidator(_whole_above_one)] = None
+    """Default: --threads or --sim-workers, whichever is more."""
+    gpus_per_run: Annotated[float | None, Field(ge=0), AfterValidator(_whole_above_one)] = None
     """0.25 lets four runs share a GPU. Default: by --runs-per-device with --device cuda, else
     none."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Of a run; as many share a node as have room. Default: nothing is said, and processors alone
+    decide."""
     retries: Annotated[int, Field(ge=-1)] = 20
     """How often a run whose node was lost is started again, from its checkpoint; -1: always."""
 
@@ -200,22 +231,30 @@ class Ray:
     """Tasks of a Ray cluster: one run is one task, started again elsewhere if its node is lost."""
 
     slots = math.inf
+    poll_seconds = 1.0
 
-    def __init__(
-        self, options: RayOptions, *, threads: int, device: str, runs_per_gpu: int
-    ) -> None:
+    def __init__(self, options: RayOptions, *, cores: int, device: str, runs_per_gpu: int) -> None:
         self._ray = ray = import_extra("ray", "ray")
         if not ray.is_initialized():
             try:
                 ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR)
             except ConnectionError as error:
                 raise RuntimeError(f"no Ray cluster: {error}") from None
-        gpus = options.gpus_per_run
+        cpus, gpus, memory = options.cpus_per_run, options.gpus_per_run, options.memory_gb
+        needed = {
+            "CPU": cores if cpus is None else cpus,
+            "GPU": device.startswith("cuda") / runs_per_gpu if gpus is None else gpus,
+            "memory": int(1e9 * (memory or 0)),
+        }
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(node.get(k, 0) >= v for k, v in needed.items()) for node in nodes):
+            words = ", ".join(f"{value:g} {kind}" for kind, value in needed.items() if value)
+            print(f"bench: no node of the Ray cluster has {words}, which a run asks for: runs wait "
+                  "until one joins", file=sys.stderr)  # fmt: skip
         self._train = ray.remote(
-            num_cpus=threads if options.cpus_per_run is None else options.cpus_per_run,
-            num_gpus=device.startswith("cuda") / runs_per_gpu if gpus is None else gpus,
+            num_cpus=needed["CPU"], num_gpus=needed["GPU"], memory=needed["memory"] or None,
             max_retries=options.retries,
-        )(_carry_out)
+        )(_carry_out)  # fmt: skip
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
@@ -255,13 +294,26 @@ class _RayTask:
         except self._ray.exceptions.TaskCancelledError:
             return Exit(EXIT_INTERRUPTED)
         except self._ray.exceptions.RayError as error:
-            first = str(error).strip().partition("\n")[0]
-            return Exit(EXIT_FAILED, f"Ray: {type(error).__name__}: {first}")
+            lines = str(error).strip().splitlines() or [""]
+            raised = isinstance(error, self._ray.exceptions.RayTaskError)  # a traceback
+            words = lines[-1 if raised else 0]
+            return Exit(EXIT_FAILED, f"Ray: {type(error).__name__}: {words}")
 
     def stop(self) -> None:
         self._stopped = True
         _ask_to_stop(self._store)  # Ray's cancelling does not reach a task that is under way
         self._ray.cancel(self._task, force=False)
+
+
+def _sbatch_options(text: str) -> dict[str, Any]:
+    """``--gres=gpu:a100:1 --exclusive`` by name. Raises ValueError."""
+    options: dict[str, Any] = {}
+    for word in shlex.split(text):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise ValueError(f"{word!r} is not of the form --option or --option=value")
+        options[name] = value if equals else True
+    return options
 
 
 class SlurmOptions(BaseModel):
@@ -273,87 +325,223 @@ class SlurmOptions(BaseModel):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    sbatch: str = ""
+    """More options of ``sbatch``: "--gres=gpu:a100:1 --reservation=mine"."""
+    setup: str | None = None
+    """Shell commands that a job begins with: "module load cuda"."""
     minutes: Annotated[int, Field(ge=1)] = 240
     """Time limit of a job; a run that needs longer saves before and is queued again."""
-    signal_seconds: Annotated[int, Field(ge=1)] = 180
-    """So long before the limit it is told to save, which it does at the end of its episode."""
+    signal_seconds: Annotated[int, Field(ge=1)] = 300
+    """So long before the limit it is told to save, which it does at the end of its episode; if that
+    is not over in time, it goes on from its last checkpoint, a minute or so before."""
     requeues: Annotated[int, Field(ge=0)] = 1_000
     """How often a run may reach the time limit."""
     memory_gb: Annotated[float, Field(gt=0)] = 4.0
     cpus_per_run: Annotated[int, Field(ge=1)] | None = None
-    """Default: --threads."""
+    """Default: --threads or --sim-workers, whichever is more."""
     gpus_per_run: Annotated[int, Field(ge=0)] | None = None
     """Default: 1 with --device cuda, else none."""
     at_once: Annotated[int, Field(ge=1)] = 256
-    """Jobs of the array that run at a time."""
+    """Jobs that run at a time."""
+    array_size: Annotated[int, Field(ge=1)] = 1_000
+    """Jobs in one array, which SLURM limits (MaxArraySize); more runs are several arrays."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        _sbatch_options(self.sbatch)
+        if self.signal_seconds >= 60 * self.minutes:
+            raise ValueError(
+                f"signal_seconds={self.signal_seconds}: the limit is {60 * self.minutes} seconds "
+                f"(minutes={self.minutes}), and a job is to train before it saves"
+            )
+        return self
 
 
-def slurm_executor(options: SlurmOptions, folder: Path, *, threads: int, device: str) -> Any:
-    """Submitit's executor for SLURM. ``folder``: shared, for its scripts and logs."""
-    submitit = import_extra("submitit", "slurm")
-    executor = submitit.SlurmExecutor(folder.resolve(), max_num_timeout=options.requeues)
-    gpus = options.gpus_per_run
-    queue = options.model_dump(
-        include={"partition", "account", "qos", "constraint"}, exclude_none=True
-    )
-    executor.update_parameters(
-        job_name="bench",
-        time=options.minutes,
-        signal_delay_s=options.signal_seconds,
-        mem=f"{round(1024 * options.memory_gb)}MB",
-        cpus_per_task=options.cpus_per_run or threads,
-        gpus_per_node=int(device.startswith("cuda")) if gpus is None else gpus,
-        array_parallelism=options.at_once,
-        stderr_to_stdout=True,
-        additional_parameters={"requeue": True},  # also when its node fails
-        **queue,
-    )
-    return executor
+class SlurmQueue:
+    """The user's jobs in SLURM's queue: one that is not there any more has ended.
+
+    ``squeue`` is asked now and then, once for all jobs; accounting, which not every cluster has,
+    never.
+    """
+
+    SECONDS = 20.0
+    """Between looks."""
+
+    def __init__(self) -> None:
+        self.looked = -math.inf
+        """When the last look that succeeded began, by the monotonic clock."""
+        self._tried = -math.inf
+        self._states: dict[str, str] = {}
+        self._doomed: list[str] = []
+
+    def look(self, within: float) -> None:
+        """Ask, unless that was tried in the last ``within`` seconds. A controller that does not
+        answer changes nothing."""
+        now = time.monotonic()
+        if now - self._tried < within:
+            return
+        self._tried = now
+        command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            lines = _tool(*command, "--format=%i %T").splitlines()
+            pairs = (line.split(maxsplit=1) for line in lines if " " in line.strip())
+            self._states, self.looked = {job: state.strip() for job, state in pairs}, now
+
+    def state(self, job_id: str) -> str:
+        """PENDING, RUNNING, COMPLETING, ...; empty for a job that was not in the queue."""
+        return self._states.get(job_id, "")
+
+    def cancel(self, job_id: str) -> None:
+        """Take a job out with the next `flush`."""
+        self._doomed.append(job_id)
+
+    def flush(self) -> None:
+        """Carry out what `cancel` noted: one command for hundreds, as SLURM asks for."""
+        while self._doomed:
+            some, self._doomed = self._doomed[:500], self._doomed[500:]
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                _tool("scancel", *some)
 
 
-class Submitit:
-    """Jobs of one of submitit's executors; those started together are one array."""
+def _tool(*command: str) -> str:
+    """The output of one of SLURM's programs, which no Ctrl-C in the terminal reaches."""
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, start_new_session=True
+    ).stdout
+
+
+class Slurm:
+    """Jobs of SLURM, submitted with submitit. A job that is in the queue already, because the
+    command that submitted it was killed, is followed instead of submitted again."""
 
     slots = math.inf
+    poll_seconds = 5.0
+    SPARE_SECONDS = 30
+    """Of the time between warning and limit, what queuing a job again may take."""
 
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
+    def __init__(self, options: SlurmOptions, folder: Path, *, cores: int, device: str) -> None:
+        """``folder``: shared, for submitit's scripts and logs."""
+        submitit = import_extra("submitit", "slurm")
+        self._folder, self._options, self._queue = folder.resolve(), options, SlurmQueue()
+        self._executor = submitit.SlurmExecutor(self._folder, max_num_timeout=options.requeues)
+        gpus, cpus = options.gpus_per_run, options.cpus_per_run or cores
+        named = {"partition", "account", "qos", "constraint"}
+        self._executor.update_parameters(
+            job_name="bench",
+            time=options.minutes,
+            signal_delay_s=options.signal_seconds,
+            mem=f"{round(1024 * options.memory_gb)}MB",
+            cpus_per_task=cpus,
+            # Between 22.05 and 23.02 a step does not take it over from its job.
+            srun_args=[f"--cpus-per-task={cpus}"],
+            gpus_per_node=int(device.startswith("cuda")) if gpus is None else gpus,
+            stderr_to_stdout=True,
+            setup=None if options.setup is None else [options.setup],
+            # Queued again also when its node fails.
+            additional_parameters={"requeue": True} | _sbatch_options(options.sbatch),
+            **options.model_dump(include=named, exclude_none=True),
+        )
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
-        with self._executor.batch():
-            jobs = [self._executor.submit(Remote(order)) for order in orders]
-        stores = [RunStore(order.run) for order in orders]
-        return [_Job(job, store) for job, store in zip(jobs, stores, strict=True)]
+        self._queue.look(0)
+        jobs = {order.run: job for order in orders if (job := self._in_queue(order)) is not None}
+        new = [order for order in orders if order.run not in jobs]
+        size = self._options.array_size
+        arrays = [new[first : first + size] for first in range(0, len(new), size)]
+        save_seconds = max(1, self._options.signal_seconds - self.SPARE_SECONDS)
+        for array in arrays:
+            at_once = max(1, self._options.at_once // len(arrays))
+            self._executor.update_parameters(array_parallelism=at_once)
+            with self._executor.batch():
+                submitted = [
+                    self._executor.submit(Remote(order, save_seconds=save_seconds))
+                    for order in array
+                ]
+            for order, job in zip(array, submitted, strict=True):
+                jobs[order.run] = job
+                with contextlib.suppress(OSError):  # it trains all the same
+                    self._place(order).parent.mkdir(parents=True, exist_ok=True)
+                    self._place(order).write_text(f"{job.job_id}\n", "ascii")
+        return [_Job(jobs[order.run], RunStore(order.run), self._queue) for order in orders]
 
     def close(self) -> None:
-        """The jobs are the cluster's."""
+        """The jobs are the cluster's; those that were to be cancelled are."""
+        self._queue.flush()
+
+    @staticmethod
+    def _place(order: Order) -> Path:
+        """Where a run's job is noted."""
+        return RunStore(order.run).state_path / "slurm-job"
+
+    def _in_queue(self, order: Order) -> Any | None:
+        """The run's job, if it waits or runs."""
+        try:
+            job_id = self._place(order).read_text("ascii").strip()
+        except (OSError, ValueError):
+            return None
+        if self._queue.state(job_id) in ("", "COMPLETING"):
+            return None
+        job = self._executor.job_class(self._folder, job_id)
+        return job if job.paths.submitted_pickle.exists() else None
 
 
 class _Job:
-    def __init__(self, job: Any, store: RunStore) -> None:
-        self.job, self._store, self._stopped = job, store, False
+    GONE_SECONDS = 30.0
+    """A result may be so much later to be seen, on a shared file system, than its job is gone."""
+
+    def __init__(self, job: Any, store: RunStore, queue: SlurmQueue) -> None:
+        self.job, self._store, self._queue = job, store, queue
+        self._stopped = self._cancelled = False
+        self._since, self._gone = time.monotonic(), math.inf
 
     def poll(self) -> Exit | None:
-        if not self.job.done():
-            if self._stopped:
-                _ask_to_stop(self._store)
+        self._queue.flush()
+        if self._cancelled:
+            return Exit(EXIT_INTERRUPTED)
+        if self.job.paths.result_pickle.exists():
+            return self._result()
+        if self._stopped:
+            _ask_to_stop(self._store)
+        self._queue.look(SlurmQueue.SECONDS)
+        now = time.monotonic()
+        if self._queue.looked <= self._since or self._queue.state(self.job.job_id):
+            self._gone = math.inf
             return None
+        self._gone = min(self._gone, now)
+        if now - self._gone < self.GONE_SECONDS:
+            return None
+        if self._stopped:
+            return Exit(EXIT_INTERRUPTED)
+        return Exit(
+            EXIT_FAILED,
+            f"job {self.job.job_id} left the queue without a result (cancelled, killed for its "
+            f"memory, or past its time limit?); its output is {self.job.paths.stdout}",
+        )
+
+    def _result(self) -> Exit:
         try:
             return Exit(self.job.result())
         except Exception as error:  # noqa: BLE001  (submitit raises what it found in the job)
             if self._stopped:
                 return Exit(EXIT_INTERRUPTED)
             last = str(error).strip().rpartition("\n")[2]
-            return Exit(EXIT_FAILED, f"job {self.job.job_id} ({self.job.state}): {last}")
+            return Exit(EXIT_FAILED, f"job {self.job.job_id}: {last}")
 
     def stop(self) -> None:
         # Cancelling leaves a job half a minute, an episode at the papers' scale takes longer.
         again, self._stopped = self._stopped, True
-        if again or self.job.state != "RUNNING":
-            self.job.cancel()
-        else:
+        if not again and self._runs():
             _ask_to_stop(self._store)
+        else:
+            self._cancelled = True
+            self._queue.cancel(self.job.job_id)
+
+    def _runs(self) -> bool:
+        self._queue.look(SlurmQueue.SECONDS / 4)
+        if self._queue.looked <= self._since:  # no answer
+            return self._store.busy or bool(self._store.elsewhere)
+        return self._queue.state(self.job.job_id) not in ("", "PENDING", "REQUEUED")
 
 
 # ---------------------------------------------------------------------------------------- by name
@@ -368,21 +556,21 @@ def launcher(
     *,
     out: Path,
     workers: int,
-    threads: int,
+    cores: int,
     device: str,
     gpus: Sequence[str] = (),
     runs_per_gpu: int = 1,
 ) -> Launcher:
-    """The launcher ``name`` with ``KEY=VALUE`` settings; ``gpus`` are this machine's.
+    """The launcher ``name`` with ``KEY=VALUE`` settings; ``gpus`` are this machine's, ``cores``
+    those that a run uses.
 
     Raises SpecError for what is unknown or out of range, RuntimeError if it cannot be had here.
     """
     options = launcher_options(name, settings)
     if isinstance(options, RayOptions):
-        return Ray(options, threads=threads, device=device, runs_per_gpu=runs_per_gpu)
+        return Ray(options, cores=cores, device=device, runs_per_gpu=runs_per_gpu)
     if isinstance(options, SlurmOptions):
-        folder = out / ".submitit"
-        return Submitit(slurm_executor(options, folder, threads=threads, device=device))
+        return Slurm(options, out / ".submitit", cores=cores, device=device)
     return Local(workers, gpus)
 
 

@@ -28,8 +28,9 @@ LINE_SECONDS = 30.0
 class Progress:
     """Tells how the jobs of a sweep stand; a context manager."""
 
-    def __init__(self, console: Console, jobs: Sequence[Job]) -> None:
-        self.console, self.jobs = console, jobs
+    def __init__(self, console: Console, jobs: Sequence[Job], begun: str = "started") -> None:
+        """``begun``: what is said of a job that its launcher has taken."""
+        self.console, self.jobs, self.begun = console, jobs, begun
         self._bars: Bars | None = None
         self._rows: dict[int, TaskID] = {}
         self._said: dict[int, float] = {}
@@ -64,6 +65,7 @@ class Progress:
         """A job changed, or (None) time has passed."""
         if changed is not None:
             self._say_change(changed)
+            return
         for job in self.jobs:
             if job.outcome == "running":
                 self._show(job)
@@ -72,7 +74,7 @@ class Progress:
         key = id(job)
         if job.outcome == "running":
             if self._bars is None:
-                self.console.print(f"started {job.spec.directory}")
+                self.console.print(f"{self.begun} {job.spec.directory}")
             return
         if self._bars and key in self._rows:
             self._bars.remove_task(self._rows.pop(key))
@@ -83,6 +85,8 @@ class Progress:
 
     def _show(self, job: Job) -> None:
         status, total = job.store.status(), job.spec.protocol.steps_per_task
+        if status["state"] != "running":  # queued, or about to begin
+            return
         step = min(int(status.get("step", 0)), total)
         rate = status.get("steps_per_second") or 0.0
         facts = f"{rate:.0f} steps/s{_success(status)}"

@@ -278,19 +278,24 @@ class RunStore:
         the process ends, and between machines by a lease (see `bench.lease`).
 
         ``expires``: seconds after which a silent holder on another machine counts as dead; None:
-        never. ``wait``: seconds to wait for a process of this machine to end. Raises BusyError if
+        never. ``wait``: seconds to wait for a process that is alive to end. Raises BusyError if
         another process holds the run; TakenOverError is raised within, by whatever writes, once
         another process has taken over.
         """
         self.state_path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + wait
         with (self.state_path / "lock").open("a") as file:
             locked = self._lock(file.fileno(), wait)
-            try:
-                lease = Lease.take(self.state_path, expires=expires, locked=locked)
-            except LeaseHeldError as error:
-                raise BusyError(
-                    f"{self.path} is being trained by another process: {error}"
-                ) from None
+            while True:
+                try:
+                    lease = Lease.take(self.state_path, expires=expires, locked=locked)
+                    break
+                except LeaseHeldError as error:
+                    if time.monotonic() >= deadline:
+                        raise BusyError(
+                            f"{self.path} is being trained by another process: {error}"
+                        ) from None
+                    time.sleep(min(POLL_SECONDS, wait))
             self._lease = lease
             (self.state_path / "stop").unlink(missing_ok=True)
             try:
@@ -300,12 +305,15 @@ class RunStore:
                 lease.release()
 
     def _lock(self, descriptor: int, wait: float) -> bool:
-        """Take the file lock; False if the file system has none, BusyError if another has it."""
+        """Take the file lock; False if the file system has none, BusyError if another process of
+        this machine has it. Over NFS another machine may have it, whose lease decides then."""
         deadline = time.monotonic() + wait
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if self.elsewhere:
+                    return False
                 if time.monotonic() >= deadline:
                     raise BusyError(f"{self.path} is being trained by another process") from None
                 time.sleep(min(POLL_SECONDS, wait))
@@ -325,7 +333,7 @@ class RunStore:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return True
+                return not self.elsewhere
             except OSError:
                 pass
         return False

@@ -11,6 +11,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -37,6 +38,10 @@ POLL_SECONDS = 0.25
 FULL_DISK_BYTES = 1_000_000
 """A disk with less free space than this is full."""
 NOTIFY_SECONDS = 60.0
+DEAD_SECONDS = 15.0
+"""The process of a run that its launcher says has ended gives no sign of life for this long."""
+CLERKS = 64
+"""Threads that wait for that."""
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -347,6 +352,7 @@ class Sweep:
         self.jobs, self.launcher, self.retries = jobs, launcher, retries
         self._options, self._threads = tuple(options), threads
         self._running: dict[int, Handle] = {}  # by the job's place in the list
+        self._clerks: ThreadPoolExecutor
         self._signals = 0
 
     @property
@@ -366,28 +372,31 @@ class Sweep:
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         passed_on = 0
-        try:
-            while True:
-                if not self._signals:
-                    self._start(notice)
-                if not self._running:
-                    break
-                while passed_on < self._signals:
-                    passed_on += 1
-                    for handle in self._running.values():
-                        handle.stop()
-                time.sleep(POLL_SECONDS)
-                for place, handle in list(self._running.items()):
-                    if (end := handle.poll()) is not None:
-                        del self._running[place]
-                        self._ended(self.jobs[place], end)
-                        notice(self.jobs[place])
-                notice(None)
-        finally:
-            for handle in self._running.values():
-                handle.stop()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with ThreadPoolExecutor(CLERKS) as self._clerks:
+            try:
+                while True:
+                    if not self._signals:
+                        self._start(notice)
+                    if not self._running:
+                        break
+                    while passed_on < self._signals:
+                        passed_on += 1
+                        for handle in self._running.values():
+                            handle.stop()
+                    ready = time.monotonic() + self.launcher.poll_seconds
+                    while time.monotonic() < ready and passed_on == self._signals:
+                        time.sleep(POLL_SECONDS)
+                    for place, handle in list(self._running.items()):
+                        if (end := handle.poll()) is not None:
+                            del self._running[place]
+                            self._ended(self.jobs[place], end)
+                            notice(self.jobs[place])
+                    notice(None)
+            finally:
+                for handle in self._running.values():
+                    handle.stop()
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
@@ -452,8 +461,9 @@ class Sweep:
         else:
             lost, job.error = _why(job, end, log)
             job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
-            if _said(job)["state"] != "failed":  # its own process could not say so
-                _record_failure(job)
+            # Its own process may not have been able to say so.
+            if job.outcome == "failed" and _said(job)["state"] != "failed":
+                self._clerks.submit(_record_failure, job)
 
 
 def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:
@@ -486,11 +496,11 @@ def _said(job: Job) -> dict[str, Any]:
 
 
 def _record_failure(job: Job) -> None:
-    """Write the status that the run's own process could not."""
+    """Write the status that the run's own process could not, once its lease stands still."""
     status = job.store.status()
     facts = {key: value for key, value in status.items() if key != "state"}
     try:
-        with job.store.locked(expires=None):
+        with job.store.locked(expires=DEAD_SECONDS):
             if not job.store.done:
                 job.store.write_status("failed", **(facts | {"error": job.error}))
     except (StoreError, OSError) as error:

@@ -148,19 +148,19 @@ class Follower:
         self._open.clear()
 
     def _pass_on(self, store: RunStore, name: str) -> None:
-        place = store.state_path / f"tracked-{name}.json"
-        done = 0
+        place, ended, done = store.state_path / f"tracked-{name}.json", store.done, 0
         with suppress(OSError, ValueError):  # none yet, or one that a crash has emptied: all anew
             done = int(place.read_text("utf-8"))
-        text, end = new_lines(store.path / "metrics.csv", done, ended=store.done)
-        if not text:
-            return
+        text, end = new_lines(store.path / "metrics.csv", done, ended=ended)
         key = (store.path, name)
-        if key not in self._open:
-            self._open[key] = SINKS[name](store, self._out)
-        for step, scalars in by_step(text):
-            self._open[key].write(step, scalars)
-        write_atomically(place, str(end).encode(), sync=False)
+        if text:
+            if key not in self._open:
+                self._open[key] = SINKS[name](store, self._out)
+            for step, scalars in by_step(text):
+                self._open[key].write(step, scalars)
+            write_atomically(place, str(end).encode(), sync=False)
+        if ended and key in self._open:  # hundreds of open files would be too many
+            self._open.pop(key).close()
 
 
 def new_lines(path: Path, start: int, *, ended: bool) -> tuple[str, int]:

@@ -40,6 +40,7 @@ LOGGED_POINTS = 100
 PROBED_POINTS = 50
 """Snapshots of the agent's own state over a run, at most."""
 HEARTBEAT_SECONDS = 1.0
+"""Between two statuses of a run, each a sign of life."""
 HANG_SECONDS = 900.0
 """A process without a heartbeat for this long hangs and is ended."""
 DIVERGED = 1e12
@@ -91,6 +92,7 @@ def train(
     allow_other_numerics: bool = False,
     lease_seconds: float = LEASE_SECONDS,
     wait_seconds: float = LOOK_SECONDS,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
     stop: Callable[[], bool] = lambda: False,
     alive: Callable[[], None] = lambda: None,
 ) -> None:
@@ -130,7 +132,7 @@ def train(
             ):
                 run_loop(
                     spec, store, envs, eval_envs, device=device, stop=stop, heartbeat=heartbeat,
-                    checkpoint_seconds=checkpoint_seconds,
+                    heartbeat_seconds=heartbeat_seconds, checkpoint_seconds=checkpoint_seconds,
                 )  # fmt: skip
         except (Interrupted, KeyboardInterrupt):
             ended("interrupted")
@@ -155,6 +157,7 @@ def run_loop(
     device: str,
     stop: Callable[[], bool],
     heartbeat: Heartbeat,
+    heartbeat_seconds: float,
     checkpoint_seconds: float,
 ) -> None:
     """What `train` does to a run that it holds."""
@@ -206,7 +209,7 @@ def run_loop(
         """Tell that the run is alive, if it is time to."""
         nonlocal beat_at
         now = time.monotonic()
-        if now - beat_at > HEARTBEAT_SECONDS:
+        if now - beat_at > heartbeat_seconds:
             beat_at = now
             heartbeat(step, facts | {"steps_per_second": (step - first) / (now - started)})
 
@@ -435,7 +438,11 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--wait-seconds", type=float, default=LOOK_SECONDS,
-        help="wait this many seconds for another process of this machine that trains the run",
+        help="wait this many seconds for another process that trains the run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heartbeat-seconds", type=float, default=HEARTBEAT_SECONDS,
+        help="time between two signs of life",
     )  # fmt: skip
     parser.add_argument(
         "--parent", type=int, default=os.getppid(),
@@ -455,6 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint_seconds=options.checkpoint_seconds,
             allow_other_numerics=options.allow_other_numerics,
             lease_seconds=options.lease_seconds, wait_seconds=options.wait_seconds,
+            heartbeat_seconds=options.heartbeat_seconds,
             alive=watchdog(options.hang_seconds),
         )  # fmt: skip
     except (Interrupted, KeyboardInterrupt):
@@ -485,6 +493,8 @@ class _StopRequest:
 
     def __init__(self, store: RunStore, parent: int) -> None:
         self._store, self._asked, self._parent = store, False, parent
+        # SLURM's warning may reach every process of a job, but it is the job that passes it on.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 

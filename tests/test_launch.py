@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm
 
 from bench import machine
 from bench.launch import (
+    Exit,
     Launcher,
     Local,
     Order,
     Remote,
-    SlurmOptions,
-    Submitit,
+    Slurm,
+    SlurmQueue,
+    _Job,
     launcher,
     launcher_options,
 )
-from bench.launch import slurm_executor as make_executor
+from bench.lease import machine as machine_name
 from bench.spec import RunSpec, SpecError
 from bench.store import RunStore
 from bench.sweep import Job, Sweep, prepare
@@ -139,7 +142,7 @@ def test_a_lost_ray_node_costs_no_run(
             first.update(enumerate(pids))
             cluster.remove_node(workers.pop(), allow_graceful=False)
 
-    where = launcher("ray", [], out=tmp_path, workers=1, threads=1, device="cpu")
+    where = launcher("ray", [], out=tmp_path, workers=1, cores=1, device="cpu")
     carry_out(jobs, where, lose_a_node)
     assert first, "the runs were over before a node could be lost"
     assert [job.outcome for job in jobs] == ["done", "done"], [job.error for job in jobs]
@@ -153,7 +156,7 @@ def test_a_lost_ray_node_costs_no_run(
 @pytest.mark.slow
 @pytest.mark.usefixtures("nodes")
 def test_a_ray_task_that_is_asked_to_stop_saves_first(toy_spec: ToySpec, tmp_path: Path) -> None:
-    where = launcher("ray", [], out=tmp_path, workers=1, threads=1, device="cpu")
+    where = launcher("ray", [], out=tmp_path, workers=1, cores=1, device="cpu")
     spec = toy_spec(seed=2, steps_per_task=200_000, eval_every=200_000)
     (job,) = prepare([spec], tmp_path / "shared", machine.origin())
     (handle,) = where.start([Order(job.store.path, OPTIONS, 1)])
@@ -170,16 +173,43 @@ def test_a_ray_task_that_is_asked_to_stop_saves_first(toy_spec: ToySpec, tmp_pat
 # ----------------------------------------------------------------------------------------- SLURM
 
 
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a SLURM of this one machine; see tests/slurm.py."""
+    pytest.importorskip("submitit")
+    folder = tmp_path / "cluster"
+    monkeypatch.setenv("PATH", f"{slurm.install(folder)}:{os.environ['PATH']}")
+    monkeypatch.setattr(Slurm, "poll_seconds", 0.25)
+    monkeypatch.setattr(SlurmQueue, "SECONDS", 0.5)
+    monkeypatch.setattr(_Job, "GONE_SECONDS", 1.0)
+    yield folder
+    for state, group in slurm.jobs(folder).values():
+        if state == "RUNNING":
+            os.killpg(group, signal.SIGKILL)
+
+
+def on_slurm(out: Path, *settings: str, **facts: Any) -> Slurm:
+    where = launcher(
+        "slurm", settings, out=out, workers=1, **({"cores": 1, "device": "cpu"} | facts)
+    )
+    assert isinstance(where, Slurm)
+    return where
+
+
+def orders(tmp_path: Path, count: int) -> list[Order]:
+    return [Order(tmp_path / str(seed), OPTIONS, 1) for seed in range(count)]
+
+
+def newest_generation(store: RunStore) -> int:
+    return max(int(path.name[-8:]) for path in store.state_path.glob("lease-*"))
+
+
 @pytest.mark.slow
 def test_a_job_near_its_time_limit_saves_and_is_queued_again(
-    toy_spec: ToySpec, open_store: Open, measured: Measured, tmp_path: Path
+    cluster: Path, toy_spec: ToySpec, open_store: Open, measured: Measured, tmp_path: Path
 ) -> None:
-    """Submitit's own executor on this machine, which signals as SLURM does."""
-    submitit = pytest.importorskip("submitit")
-    specs = [toy_spec(steps_per_task=750, eval_every=250)]
+    specs = [toy_spec(steps_per_task=1500, eval_every=250)]
     (expected,) = undisturbed(specs, open_store, tmp_path / "alone")
-    executor = submitit.LocalExecutor(tmp_path / "submitit", max_num_timeout=3)
-    executor.update_parameters(timeout_min=20)
     (job,) = prepare(specs, tmp_path / "shared", machine.origin())
     signalled: list[int] = []
 
@@ -188,55 +218,145 @@ def test_a_job_near_its_time_limit_saves_and_is_queued_again(
         if not signalled and status.get("step", 0) > 100:
             signalled.append(status["pid"])
             stat = Path(f"/proc/{status['pid']}/stat").read_text()
+            os.kill(status["pid"], signal.SIGUSR2)  # some clusters signal every process
             os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGUSR2)
 
-    carry_out([job], Submitit(executor), near_the_limit)
+    carry_out([job], on_slurm(tmp_path), near_the_limit)
     assert signalled, "the run was over before its limit"
     assert job.outcome == "done", job.error
     assert job.store.status()["state"] == "done"
+    assert len(slurm.calls(cluster, "scontrol")) == 1
     assert newest_generation(job.store) == 2
     assert measured(job.store) == measured(expected)
 
 
-def newest_generation(store: RunStore) -> int:
-    return max(int(path.name[-8:]) for path in store.state_path.glob("lease-*"))
+@pytest.mark.slow
+def test_a_job_that_cannot_save_before_its_limit_is_queued_again_all_the_same(
+    cluster: Path, toy_spec: ToySpec, tmp_path: Path
+) -> None:
+    specs = [toy_spec(steps_per_task=2000, eval_every=2000, horizon=500, batch_per_task=4096)]
+    (job,) = prepare(specs, tmp_path / "shared", machine.origin())
+    where = on_slurm(tmp_path, "signal_seconds=1")
+    (handle,) = where.start([Order(job.store.path, OPTIONS, 1)])
+    wait_for(lambda: job.store.status().get("step", 0) > 0, "it never started")
+    pid = job.store.status()["pid"]
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGUSR2)
+    wait_for(lambda: slurm.calls(cluster, "scontrol"), "it was not queued again")
+    wait_for(lambda: job.store.status().get("pid") != pid, "it did not begin again")
+    assert handle.poll() is None
 
 
-def test_what_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("submitit")
-    tools, seen = tmp_path / "bin", tmp_path / "seen"
-    tools.mkdir()
-    for name, body in {
-        "sbatch": f'cp "$1" {seen}\necho Submitted batch job 4242', "srun": "exit 1"
-    }.items():  # fmt: skip
-        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    options = launcher_options(
-        "slurm", ["partition=gpu", "minutes=90", "signal_seconds=240", "at_once=8", "memory_gb=6.5"]
-    )
-    assert isinstance(options, SlurmOptions)
-    where = Submitit(make_executor(options, tmp_path / "jobs", threads=2, device="cuda"))
-    handles = where.start(
-        [Order(tmp_path / str(seed), ("--device", "cuda"), 2) for seed in range(3)]
-    )
-    lines = seen.read_text().splitlines()
+@pytest.mark.slow
+def test_ctrl_c_lets_running_jobs_save_and_cancels_the_others_at_once(
+    cluster: Path, toy_spec: ToySpec, tmp_path: Path
+) -> None:
+    specs = [toy_spec(seed=seed, steps_per_task=200_000, eval_every=200_000) for seed in range(4)]
+    jobs = prepare(specs, tmp_path / "shared", machine.origin())
+    where = on_slurm(tmp_path, "at_once=1")
+    handles = where.start([Order(job.store.path, OPTIONS, 1) for job in jobs])
+    wait_for(lambda: jobs[0].store.status().get("step", 0) > 0, "it never started")
+    for handle in handles:
+        handle.stop()
+    started = time.monotonic()
+    assert [handle.poll() for handle in handles[1:]] == [Exit(130)] * 3
+    assert time.monotonic() - started < 10
+    assert slurm.calls(cluster, "scancel") == ["4242_1 4242_2 4242_3"]
+    wait_for(lambda: handles[0].poll() is not None, "it never stopped")
+    assert jobs[0].store.status()["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_recorded_as_failed(
+    cluster: Path, toy_spec: ToySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its lease, of another machine as far as can be told here, was never released."""
+    monkeypatch.setattr("bench.sweep.DEAD_SECONDS", 2.0)
+    (job,) = prepare([toy_spec(steps_per_task=200_000, eval_every=200_000)], tmp_path / "shared",
+                     machine.origin())  # fmt: skip
+    killed: list[int] = []
+
+    def kill() -> None:
+        if not killed and job.store.status().get("step", 0) > 0:
+            killed.append(job.store.status()["pid"])
+            os.kill(killed[0], signal.SIGSTOP)  # so that it does not renew its lease
+            (lease,) = job.store.state_path.glob("lease-*")
+            lease.write_text(lease.read_text().replace(machine_name(), "node17/"))
+            ((name, (_, group)),) = slurm.jobs(cluster).items()
+            os.killpg(group, signal.SIGKILL)
+            os.kill(killed[0], signal.SIGKILL)
+            (cluster / name).unlink()
+
+    carry_out([job], on_slurm(tmp_path), kill)
+    assert job.outcome == "failed"
+    assert "left the queue without a result" in job.error
+    assert job.store.status()["state"] == "failed"
+    assert job.store.status()["error"] == job.error
+
+
+def test_jobs_that_wait_are_found_again_not_submitted_again(cluster: Path, tmp_path: Path) -> None:
+    """As after a ``kill -9`` of the command that follows them."""
+    (cluster / "full").touch()
+    first = on_slurm(tmp_path).start(orders(tmp_path, 3))
+    assert [handle.poll() for handle in first] == [None] * 3
+    (cluster / "4242_1").unlink()
+    again = on_slurm(tmp_path).start(orders(tmp_path, 4))
+    ids = [handle.job.job_id for handle in again]  # type: ignore[attr-defined]
+    assert ids == ["4242_0", "4243_0", "4242_2", "4243_1"]
+    assert len(slurm.calls(cluster, "sbatch")) == 2
+
+
+def test_more_runs_than_an_array_takes_are_several_arrays(cluster: Path, tmp_path: Path) -> None:
+    (cluster / "full").touch()
+    on_slurm(tmp_path, "array_size=2", "at_once=3").start(orders(tmp_path, 5))
+    assert len(slurm.calls(cluster, "sbatch")) == 3
+    assert "--array=0-1%1" in (cluster / "script-4242").read_text()
+    assert list(slurm.jobs(cluster)) == ["4242_0", "4242_1", "4243_0", "4243_1", "4244"]
+
+
+def test_a_controller_that_does_not_answer_costs_no_job(cluster: Path, tmp_path: Path) -> None:
+    (cluster / "full").touch()
+    (handle,) = on_slurm(tmp_path).start(orders(tmp_path, 1))
+    (cluster / "no-squeue").touch()
+    time.sleep(0.6)
+    assert handle.poll() is None
+    (cluster / "no-squeue").unlink()
+    (cluster / "4242").unlink()
+    time.sleep(0.6)
+    assert handle.poll() is None, "its result may be on its way"
+    time.sleep(1.1)
+    end = handle.poll()
+    assert end is not None
+    assert end.code == 1
+
+
+def test_what_slurm_is_told(cluster: Path, tmp_path: Path) -> None:
+    (cluster / "full").touch()
+    settings = [
+        "partition=gpu", "minutes=90", "signal_seconds=240", "at_once=8", "memory_gb=6.5",
+        "sbatch=--exclude=node7 --exclusive --wckey=mine", "setup=module load x",
+    ]  # fmt: skip
+    where = on_slurm(tmp_path, *settings, cores=2, device="cuda")
+    handles = where.start(orders(tmp_path, 3))
+    lines = (cluster / "script-4242").read_text().splitlines()
     for expected in (
         "--partition=gpu", "--time=90", "--signal=USR2@240", "--array=0-2%3", "--requeue",
         "--cpus-per-task=2", "--gpus-per-node=1", "--mem=6656MB", "--open-mode=append",
-        "--job-name=bench",
+        "--job-name=bench", "--exclude=node7", "--exclusive", "--wckey=mine",
     ):  # fmt: skip
         assert f"#SBATCH {expected}" in lines, lines
-    assert any("submitit.core._submit" in line for line in lines)
+    assert "module load x" in lines
+    (command,) = (line for line in lines if "submitit.core._submit" in line)
+    assert "--cpus-per-task=2" in command
     assert [handle.job.job_id for handle in handles] == ["4242_0", "4242_1", "4242_2"]  # type: ignore[attr-defined]
 
 
 def test_what_a_job_is_queued_again_with(tmp_path: Path) -> None:
     submitit = pytest.importorskip("submitit")
     order = Order(tmp_path, OPTIONS, 1)
-    again = Remote(order).checkpoint()
+    again = Remote(order, save_seconds=7).checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
-    assert again.function.order == order
+    assert (again.function.order, again.function.save_seconds) == (order, 7)
 
 
 # --------------------------------------------------------------------------------------- settings
@@ -250,6 +370,9 @@ def test_what_a_job_is_queued_again_with(tmp_path: Path) -> None:
         ("slurm", ["partitoin=gpu"], ["'partitoin'", "'partition'"]),
         ("slurm", ["minutes=0"], ["minutes=0", "greater than or equal to 1"]),
         ("slurm", ["minutes=long", "at_once=-1"], ["minutes='long'", "at_once=-1"]),
+        ("slurm", ["minutes=4", "signal_seconds=240"], ["signal_seconds=240", "240 seconds"]),
+        ("slurm", ["sbatch=gres=gpu:1"], ["'gres=gpu:1'", "--option=value"]),
+        ("ray", ["gpus_per_run=1.5"], ["gpus_per_run=1.5", "whole"]),
         ("ray", ["gpus_per_run"], ["expected key=value"]),
         ("ray", ["retries=1", "retries=2"], ["retries is given twice"]),
     ],
