@@ -241,7 +241,8 @@ def ablate(
         Request(
             entry["algos"],
             names(entry.get("suite", "mt10_rand") if suite is None else suite, "--suite"),
-            parse_seeds(_seeds(seeds, preset)), preset, entry.get("set", {}) | overrides,
+            parse_seeds(_seeds(seeds, preset)), preset,
+            (entry.get("set", {}) if suite is None else {}) | overrides,  # for its own suite
             shared=overrides,
         )
         for name, entry in shipped.items()

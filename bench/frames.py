@@ -393,7 +393,10 @@ def read_timing(store: RunStore) -> pd.DataFrame | None:
 
 def _read(path: Path, columns: dict[str, type]) -> pd.DataFrame | None:
     try:
-        frame = pd.read_csv(path, index_col=False, dtype=columns)
+        content = path.read_bytes()
+        # A line without an end was being written, or found no room on the disk.
+        whole = content[: content.rfind(b"\n") + 1]
+        frame = pd.read_csv(io.BytesIO(whole), index_col=False, dtype=columns)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -91,7 +91,11 @@ def ensure(specs: Sequence[RunSpec], out: Path, environment: dict[str, Any]) -> 
                 (store.path / "spec.json").unlink(missing_ok=True)
                 (store.path / "metrics.csv").unlink(missing_ok=True)
                 RunStore.create(out, spec, environment)
-                measure(spec, store)
+                try:
+                    measure(spec, store)
+                except Exception as error:  # so that nobody waits for it
+                    store.write_status("failed", error=f"{type(error).__name__}: {error}")
+                    raise
         except BusyError:  # another sweep is at it
             continue
         except Exception as error:  # noqa: BLE001  (the suite's: what it costs is these rows)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -513,8 +513,11 @@ def _build(
             # What a user repeats of the layers below changes nothing, and has their source.
             if field not in content:
                 continue
-            if layer != "user" or content[field] != values.get(field, info.default):
-                values[field], sources[field] = content[field], layer
+            value = content[field]
+            if value is None and "none" in get_args(info.annotation):
+                value = "none"  # a choice of that name, which the command line reads as no value
+            if layer != "user" or value != values.get(field, info.default):
+                values[field], sources[field] = value, layer
     strange = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
     problems = [f"{owner}: {k}={values.pop(k)}: not a finite number" for k in strange]
     try:

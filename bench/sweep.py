@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -557,9 +558,13 @@ def parse_size(text: str, option: str) -> int:
 
 
 def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
-    """A job for each run, without touching the disk; finished ones are marked skipped."""
+    """A job for each run, without touching the disk; finished ones are marked skipped.
+
+    A run that is there under another name of its configuration (``mega@tuned`` is
+    ``mega@trigger_patient``) is that run.
+    """
     jobs = []
-    for spec in specs:
+    for spec in map(partial(_as_recorded, out), specs):
         job = Job(spec, RunStore(out / spec.directory))
         if job.store.done:
             job.outcome = "skipped"
@@ -567,6 +572,18 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
             job.outcome = "busy"
         jobs.append(job)
     return jobs
+
+
+def _as_recorded(out: Path, spec: RunSpec) -> RunSpec:
+    """The specification by the name under which its run is recorded, if it is."""
+    own = out / spec.directory
+    if not own.exists():
+        for path in sorted(own.parent.parent.glob(f"*/{own.name}")):
+            with contextlib.suppress(StoreError):
+                recorded = RunStore(path).spec()
+                if path == out / recorded.directory and not spec.conflict(recorded):
+                    return recorded
+    return spec
 
 
 def prepare(specs: Sequence[RunSpec], out: Path, environment: Mapping[str, Any]) -> list[Job]:

@@ -37,3 +37,8 @@ def silhouette(points: Floats, labels: NDArray[np.int64]) -> float:
         return float("nan")
     with threadpool_limits(1):
         return float(silhouette_score(points, labels))
+
+
+def clarity(value: float) -> str:
+    """A silhouette in a caption."""
+    return f"{value:.2f}" if np.isfinite(value) else "not defined"

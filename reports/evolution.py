@@ -30,6 +30,7 @@ from reports.drawing import (
     title,
     wide,
 )
+from reports.embedding import clarity
 from reports.frames import MissingError, ProbedRun, Section, counted, labels_of
 from reports.genotypes import Coding, Embedding, collect, embed
 
@@ -383,8 +384,8 @@ def genotype_map(section: Section) -> Drawing:
         ],
     )
     title(made, f"Genotypes by task ({short(first[0].label, 30)})", section)
-    clarity = "; ".join(
-        f"seed {run.seed}: {map_.silhouette_task:.2f} by task, "
+    clear = "; ".join(
+        f"seed {run.seed}: {clarity(map_.silhouette_task)} by task, "
         + (
             f"{map_.silhouette_stage:.2f} by stage alone"
             if np.isfinite(map_.silhouette_stage)
@@ -403,7 +404,7 @@ def genotype_map(section: Section) -> Drawing:
             "t-SNE of the distinct genotypes of the last fifth of training, as weight matrices "
             f"({_coding(section, embedded[0][0])}) on a common grid with the head in a row of its "
             "own; positions have no unit. Silhouettes of the weight matrices, 1 = clear clusters, "
-            f"0 = none: {clarity}. {shown} shown.",
+            f"0 = none: {clear}. {shown} shown.",
             [first[0].label],
         ),
         data=pd.concat(

@@ -130,7 +130,7 @@ def marl_eval_tree(section: Section) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     rows = section.metrics[section.metrics["finished"]]
     rows = rows[rows["metric"].isin(["success", "return"])]
-    rate = rows["value"] / rows["count"].where(rows["metric"] == "success", 1)
+    rate = rows["value"] / rows["count"].where(rows["metric"] == "success", 1).fillna(1)
     rows = rows.assign(number=rate, algorithm=rows["label"])
     for (task, label, seed), of_run in rows.groupby(["task", "label", "seed"]):
         steps: dict[str, Any] = {}

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reports.frames import WITHOUT_TASKS, Results
+from reports.frames import REFERENCES, WITHOUT_TASKS, Results
 
 CURVE_COLUMNS = ("algorithm", "step", "success")
 """What a table of curves must have; ``suite``, ``seed``, ``task``, ``return``, ``episodes``,
 ``preset`` and ``steps_per_task`` it may have."""
 
 _NUMBERS: dict[str, tuple[float, float, bool, str]] = {
-    "step": (0, np.inf, True, "no whole number of steps from 0 on"),
+    "step": (0, 1e15, True, "no whole number of steps from 0 to 1e15"),
     "success": (0, 1, False, "no rate between 0 and 1"),
-    "seed": (0, np.inf, True, "no whole number from 0 on"),
+    "seed": (0, 1e15, True, "no whole number from 0 to 1e15"),
     "return": (-np.inf, np.inf, False, "no number"),
     "episodes": (1, np.inf, True, "no positive whole number"),
-    "steps_per_task": (1, np.inf, True, "no positive whole number"),
+    "steps_per_task": (1, 1e15, True, "no whole number from 1 to 1e15"),
 }
 """Column -> least and largest value, whether it is whole, and what another value is."""
 
@@ -49,6 +49,11 @@ def read_curves(path: Path) -> Results:
         raise ValueError(f"{path}: there is no row below the header")
     if (unnamed := frame["algorithm"] == "").any():
         raise ValueError(f"{path}: line {_first(unnamed)}: algorithm is empty")
+    if (reserved := frame["algorithm"].isin(REFERENCES)).any():
+        raise ValueError(
+            f"{path}: line {_first(reserved)}: {' and '.join(REFERENCES)} are the reference "
+            "policies' names; call these curves something else"
+        )
     for name in _NUMBERS:
         if name in frame:
             frame[name] = _numbers(path, frame[name])

@@ -31,7 +31,7 @@ from reports.drawing import (
     title,
     with_seeds,
 )
-from reports.embedding import RANDOM_STATE, plane, silhouette
+from reports.embedding import RANDOM_STATE, clarity, plane, silhouette
 from reports.frames import (
     MissingError,
     ProbedRun,
@@ -293,8 +293,8 @@ def route_map(section: Section) -> Drawing:
         points, perplexity = plane(flat)
         maps.append((f"{short(run.label, 30)}, seed {run.seed}", points, task))
         words.append(
-            f"{run.label} {silhouette(flat, task):.2f} ({counted(len(flat), 'route')}, perplexity "
-            f"{perplexity:.0f})"
+            f"{run.label} {clarity(silhouette(flat, task))} ({counted(len(flat), 'route')}, "
+            f"perplexity {perplexity:.0f})"
         )
         frames.append(
             pd.DataFrame(

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import Any
 
 import gymnasium
@@ -289,10 +289,11 @@ def benchmark_positions(task: str) -> np.ndarray:
 def _cache_directory() -> Path:
     if configured := os.environ.get("XDG_CACHE_HOME"):
         base = Path(configured)
-    elif sys.platform == "darwin":
-        base = Path("~/Library/Caches").expanduser()
     else:
-        base = Path("~/.cache").expanduser()
+        try:
+            base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        except RuntimeError:  # a user without a home, as in some containers
+            base = Path(gettempdir())
     return base / "mega-bench"
 
 

@@ -21,7 +21,9 @@ import pytest
 import algorithms
 import suites
 import suites.base
+from bench import references
 from bench.cli import app, main
+from bench.spec import RunSpec
 
 BENCH = [sys.executable, "-m", "bench.cli"]
 TOY = [
@@ -101,18 +103,9 @@ def test_help_needs_no_torch_and_names_every_command() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert shown.returncode == 0, shown.stderr
-    for command in [
-        "run",
-        "ablate",
-        "report",
-        "status",
-        "list",
-        "show",
-        "params",
-        "eval",
-        "speed",
-        "doctor",
-    ]:
+    commands = shown_commands()
+    assert {"run", "report", "export", "clean", "verify"} <= set(commands)
+    for command in commands:
         assert command in shown.stdout
         assert "Example: bench" in bench(command, "--help").stdout, command
 
@@ -224,6 +217,25 @@ def test_references_stand_beside_the_runs(finished: Path) -> None:
     assert rows.keys() == {"expert", "random", "mega", "mt_sac"}
     assert {row["state"] for row in rows.values()} == {"done"}
     assert rows["expert"]["success"] == 1.0
+
+
+def test_references_that_cannot_be_measured_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not waited for, and tried again by the next sweep."""
+
+    def none(*_: object) -> None:
+        raise ValueError("there is no expert")
+
+    spec = RunSpec.resolve("mt_sac", "toy", 0, preset_name="smoke")
+    with monkeypatch.context() as patch:
+        patch.setattr("suites.toy.Toy.expert", none)
+        (problem,) = references.ensure([spec], tmp_path, {})
+    assert "there is no expert" in problem
+    rows = {str(row["run"]).split("/")[1]: row for row in statuses(tmp_path)}
+    assert rows["expert"]["state"] == "failed"
+    assert rows["random"]["state"] == "done"
+    assert references.ensure([spec], tmp_path, {}) == []
 
 
 def test_references_serve_runs_of_every_length(finished: Path, tmp_path: Path) -> None:

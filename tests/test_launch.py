@@ -74,9 +74,9 @@ def test_runs_are_shared_out_evenly_over_gpus(
     """What a run sees of the machine's GPUs; there need be none to see that."""
 
     def seen(process: Any) -> str:
-        while not (text := Path(f"/proc/{process.pid}/environ").read_text()):
-            time.sleep(0.01)  # it is about to begin
-        facts = text.split("\0")
+        environ = Path(f"/proc/{process.pid}/environ")
+        wait_for(environ.read_text, "it never began")
+        facts = environ.read_text().split("\0")
         return dict(fact.split("=", 1) for fact in facts if fact)["CUDA_VISIBLE_DEVICES"]
 
     spec = toy_spec(steps_per_task=5_000, eval_every=5_000)

@@ -257,6 +257,26 @@ def test_the_out_of_memory_killer_leaves_a_reason_and_a_run_that_resumes(
 # --------------------------------------------------------------------------- disks that refuse
 
 
+class HalfWritten:
+    """A file on a disk that has room for half of what is written next."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> HalfWritten:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: Any) -> int:
+        self.file.write(bytes(data)[: len(data) // 2])
+        raise OSError(28, "No space left on device", self.file.name)
+
+
 @pytest.mark.parametrize("what", ["metrics.csv", "checkpoint", "probe", "status.json"])
 def test_a_disk_that_is_full_for_a_moment(
     what: str, toy_spec: ToySpec, open_store: Open, measured: Measured, finished: Finished,
@@ -269,11 +289,12 @@ def test_a_disk_that_is_full_for_a_moment(
 
     def full(path: Path, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
+        file = opened(path, *args, **kwargs)
         if args and args[0] in ("wb", "ab") and name in path.name:
             calls += 1
             if calls == 3:
-                raise OSError(28, "No space left on device", str(path))
-        return opened(path, *args, **kwargs)
+                return HalfWritten(file)
+        return file
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", full)

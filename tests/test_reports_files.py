@@ -132,7 +132,9 @@ _HEAD = "algorithm,step,success"
         (f"{_HEAD}\nx,-1,.5\n", "line 2: step -1 is no whole number"),
         (f"{_HEAD}\nx,1.5,.5\n", "line 2: step 1.5 is no whole number"),
         (f"{_HEAD}\nx,inf,.5\n", "line 2: step inf is no whole number"),
+        (f"{_HEAD}\nx,1e30,.5\n", "line 2: step 1e30 is no whole number"),
         (f"{_HEAD}\n,1,.5\n", "line 2: algorithm is empty"),
+        (f"{_HEAD}\nx,1,.5\nrandom,1,.5\n", "line 3: expert and random are the reference"),
         (f"{_HEAD},return\nx,1,.5,high\n", "line 2: return high is no number"),
         (f"{_HEAD},episodes\nx,1,.5,0\n", "line 2: episodes 0 is no positive whole number"),
         (f"{_HEAD},episodes\nx,1,.5,2.5\n", "line 2: episodes 2.5 is no positive whole number"),
@@ -339,6 +341,9 @@ def test_exports(tmp_path: Path) -> None:
         export(made, tmp_path, "xml")
     with pytest.raises(MissingError):
         export(Results(), tmp_path, "marl-eval")
+    (theirs := tmp_path / "theirs.csv").write_text("algorithm,step,success\nx,1,.5\n")
+    (path,) = export(read_curves(theirs), tmp_path / "more", "marl-eval")
+    assert "NaN" not in path.read_text()
 
 
 # Run directories of all sorts --------------------------------------------------------------------
@@ -403,7 +408,7 @@ def test_a_cut_snapshot_costs_one_run(runs: Path) -> None:
         (lambda text: text.replace("kind", "knd", 1), True),
         (lambda text: text + "4000,eval,reach,success,0x5,10\n", True),
         (lambda text: text + "many,eval,reach,success,5,10\n", True),
-        (lambda text: text[:-3], False),  # a number, or none, in place of a longer one
+        (lambda text: text[:-3], False),  # half of a line: as if it were not there yet
     ],
 )
 def test_damaged_metrics_cost_one_run(
@@ -418,6 +423,21 @@ def test_damaged_metrics_cost_one_run(
     assert list(loaded.unreadable) == ["toy/mega/9-0123456789"] * noticed
     assert len(loaded.runs) + len(loaded.unreadable) == 2
     assert "because of an error" not in build(loaded, runs / "page", formats=()).read_text()
+
+
+@pytest.mark.parametrize("tail", ["1200,train,poi", "12", "900,eval,point-2,success,7"])
+def test_a_line_cut_by_a_full_disk_costs_nothing_else(runs: Path, tail: str) -> None:
+    (original,) = runs.glob("toy/mega/*")
+    shutil.copytree(original, failed := original.with_name("8-0123456789"))
+    (failed / "SHA256SUMS").unlink()
+    (failed / "status.json").write_text('{"state": "failed", "step": 900}')
+    whole = Results(**frames.load(runs))
+    with (failed / "metrics.csv").open("a") as file:
+        file.write(tail)
+    cut = Results(**frames.load(runs))
+    pd.testing.assert_frame_equal(cut.metrics, whole.metrics)
+    assert [s.tasks for s in sections(cut)] == [s.tasks for s in sections(whole)]
+    assert len(sections(cut)[0].scored) == 1
 
 
 def test_a_snapshot_with_any_byte_wrong_costs_one_run(runs: Path) -> None:

@@ -152,6 +152,13 @@ def test_the_id_hashes_values_not_labels() -> None:
     assert resolve(preset="paper", **values, **config).id == resolve(preset="cpu").id
 
 
+def test_none_may_be_the_name_of_a_choice() -> None:
+    typed = resolve("mt_sac", **parse_overrides(["loss_weight=none", "grad_clip=none"]))
+    assert typed.config["loss_weight"] == "none"
+    assert typed.config["grad_clip"] is None
+    assert typed.id == resolve("mt_sac@no_balance", grad_clip=None).id
+
+
 def test_everything_that_changes_a_number_changes_the_id() -> None:
     specs = [
         resolve(), resolve(seed=1), resolve("mtmh_sac"), resolve(suite="toy2"),

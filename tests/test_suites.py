@@ -27,7 +27,7 @@ import suites
 from bench.evaluate import evaluation_seeds
 from suites.base import SimulatorError, Step, Suite, SuiteSpec, VectorEnv, stream
 from suites.lockstep import LockstepEnv, Simulator, SimulatorShard
-from suites.metaworld import _Sawyer, benchmark_positions
+from suites.metaworld import _cache_directory, _Sawyer, benchmark_positions
 from suites.sawyer import _Orientation
 
 SMALL = "custom_rand:reach-v3+peg-insert-side-v3"
@@ -376,6 +376,16 @@ def test_fifty_episodes_have_each_benchmark_goal_once(
     with contextlib.closing(suite.make(seed=0)) as envs:
         goals = np.stack([envs.reset(seeds[:, [k]])[:, 0, 36:39] for k in range(50)], 1)
     assert [len(np.unique(of_task, axis=0)) for of_task in goals] == [50, 50]
+
+
+def test_goals_need_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr("suites.metaworld.gettempdir", lambda: str(tmp_path))
+    assert _cache_directory() == tmp_path / "mega-bench"
 
 
 def test_benchmark_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -729,7 +739,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, end: str, code: int) -> N
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     root = str(Path(suites.__file__).parents[1])
-    shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    shared = shared_memory()
     run = subprocess.run(
         [sys.executable, str(script), end],
         env={**os.environ, "PYTHONPATH": root},
@@ -746,8 +756,14 @@ def test_workers_end_with_their_parent(tmp_path: Path, end: str, code: int) -> N
     while alive := [pid for pid in pids if running(pid)]:
         assert time.monotonic() < deadline, f"left behind: {alive}"
         time.sleep(0.05)
-    if shared:
-        assert not {name for name in os.listdir("/dev/shm") if name[:4] in ("psm_", "pym-")}
+    assert shared_memory() <= shared
+
+
+def shared_memory() -> set[str]:
+    """The blocks that Python's processes share on this machine."""
+    folder = Path("/dev/shm")
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return {name for name in names if name.startswith(("psm_", "pym-"))}
 
 
 def running(pid: int) -> bool:

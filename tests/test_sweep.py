@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 from bench.spec import RunSpec, SpecError
 from bench.speed import Cost
 from bench.store import RunStore
-from bench.sweep import Job, Request, ablations, check_room, expand, names, plan, read_grid
+from bench.sweep import (
+    Job,
+    Request,
+    ablations,
+    check_room,
+    expand,
+    names,
+    plan,
+    prepare,
+    read_grid,
+)
 from bench.train import train
 
 
@@ -112,15 +123,33 @@ def test_every_shipped_ablation_resolves() -> None:
             "description", "paper", "algos", "suite", "set",
         }  # fmt: skip
         rows, suite = set(entry["algos"]), entry.get("suite", "mt10_rand")
-        for preset in ("cpu", "paper"):
+        for preset in ("cpu", "paper", "metaworld_plus"):
             request = Request(entry["algos"], [suite], [0], preset, entry.get("set", {}))
-            found = {spec.label for spec in expand([request])}
+            specs = expand([request])
+            specs[0].make_suite()
+            found = {spec.label for spec in specs}
             assert found <= rows  # a report has a row for every run
             # And a run for every row, but for one that sets what the plain algorithm has here.
             assert len(rows - found) <= 1
             assert all(row.partition("@")[0] in found for row in rows - found)
         assert entry["paper"]
         assert entry["description"]
+
+
+def test_a_configuration_that_is_there_by_another_name_is_not_trained_again(tmp_path: Path) -> None:
+    def runs(label: str, **overrides: Any) -> list[RunSpec]:
+        return expand([Request([label], ["toy"], [0], "smoke", overrides)])
+
+    pairs = [
+        (runs("mega@tuned"), runs("mega@trigger_patient")),
+        (runs("mega@softmax", start_stage=4), runs("mega@stage4", weights="softmax")),
+    ]
+    for (first,), (second,) in pairs:
+        assert first.id == second.id
+        (begun,) = prepare([first], tmp_path, {})
+        (found,) = plan([second], tmp_path)
+        assert found.store.path == begun.store.path
+        assert found.spec.title == first.title
 
 
 def test_many_tasks_have_time_for_generations_and_growth() -> None:
