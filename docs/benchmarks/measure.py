@@ -230,8 +230,10 @@ def of_machine(found: Found) -> Rows:
             f"{name} {what['versions'][name]}" for name in ("torch", "metaworld", "mujoco")
         )
         facts = what["hardware"]
+        commit, _, changes = what["commit"].partition("+")
+        commit = commit[:7] + (f"+{changes}" if changes else "")
         words = f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gb']} GiB"
-        groups.setdefault(f"{words}; {software}; commit {what['commit'][:7]}", []).append(part)
+        groups.setdefault(f"{words}; {software}; commit {commit}", []).append(part)
     return [{"measured": ", ".join(parts), "on": where} for where, parts in groups.items()]
 
 

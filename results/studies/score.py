@@ -3,7 +3,7 @@
     python results/studies/score.py results/studies/mega_readings
 
 A run's score is the success rate of its training episodes from first to last, averaged over tasks:
-many more episodes than a final evaluation, and it counts learning early. For each label: its score
+more episodes than a final evaluation has, and it counts learning early. For each label: its score
 per seed, the mean, the mean difference from the plain algorithm on the same seeds (a good seed is
 good for most variants) with its standard error and, from three seeds on, 95 % interval (paired t),
 and the final evaluation. Runs that are not finished are left out.
