@@ -120,7 +120,8 @@ class Agent(ABC):
     seconds: dict[str, float]
     """Wall-clock seconds, since construction, of parts that deserve a row in the timings."""
     owed_updates: int = 0
-    """Updates to make before the next action on top of the protocol's; `update` counts them."""
+    """Updates to make before the next action, however few the protocol has; `update` counts them
+    down."""
 
     def __init__(
         self, suite: SuiteSpec, config: AgentConfig, plan: Plan, *, seed: int, device: str = "cpu"

@@ -242,7 +242,8 @@ def ablate(
             entry["algos"],
             names(entry.get("suite", "mt10_rand") if suite is None else suite, "--suite"),
             parse_seeds(_seeds(seeds, preset)), preset,
-            (entry.get("set", {}) if suite is None else {}) | overrides,  # for its own suite
+            # Its values are for its suite.
+            (entry.get("set", {}) if suite in (None, entry.get("suite")) else {}) | overrides,
             shared=overrides,
         )
         for name, entry in shipped.items()

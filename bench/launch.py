@@ -9,7 +9,6 @@ whether it may be trained are questions for its directory.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -191,10 +189,9 @@ class Remote:
 
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            # Never without a limit: this interrupts `__call__`, which may hold the lock of `wait`.
-            limit = min(self.save_seconds, threading.TIMEOUT_MAX)
+            # Always with a limit: this interrupts `__call__`, which may hold the lock of `wait`.
             try:
-                self._process.wait(limit)
+                self._process.wait(self.save_seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         return DelayedSubmission(Remote(self.order, save_seconds=self.save_seconds))
@@ -248,9 +245,10 @@ class Ray:
         }
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(k, 0) >= v for k, v in needed.items()) for node in nodes):
-            words = ", ".join(f"{value:g} {kind}" for kind, value in needed.items() if value)
-            print(f"bench: no node of the Ray cluster has {words}, which a run asks for: runs wait "
-                  "until one joins", file=sys.stderr)  # fmt: skip
+            words = [f"{needed[kind]:g} {kind}" for kind in ("CPU", "GPU") if needed[kind]]
+            words += [f"{memory:g} GB"] if memory else []
+            print(f"bench: no node of the Ray cluster has the {', '.join(words)} that a run asks "
+                  "for: runs wait until one joins", file=sys.stderr)  # fmt: skip
         self._train = ray.remote(
             num_cpus=needed["CPU"], num_gpus=needed["GPU"], memory=needed["memory"] or None,
             max_retries=options.retries,
@@ -305,13 +303,26 @@ class _RayTask:
         self._ray.cancel(self._task, force=False)
 
 
+_SET_BY = {
+    "time": "minutes", "signal": "signal_seconds", "mem": "memory_gb", "mem_per_cpu": "memory_gb",
+    "mem_per_gpu": "memory_gb", "cpus_per_task": "cpus_per_run", "array": "at_once",
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
+    "requeue": "requeues", "no_requeue": "requeues", "output": "", "error": "",
+}  # fmt: skip
+"""Options of sbatch that have a setting of their own, or are the launcher's."""
+
+
 def _sbatch_options(text: str) -> dict[str, Any]:
-    """``--gres=gpu:a100:1 --exclusive`` by name. Raises ValueError."""
+    """``--gres=gpu:a100:1 --exclusive`` by name, as submitit writes names. Raises ValueError."""
     options: dict[str, Any] = {}
     for word in shlex.split(text):
-        name, equals, value = word.removeprefix("--").partition("=")
+        option, equals, value = word.removeprefix("--").partition("=")
+        name = option.replace("-", "_")
         if not word.startswith("--") or not name:
-            raise ValueError(f"{word!r} is not of the form --option or --option=value")
+            raise ValueError(f"sbatch: {word!r} is not of the form --option or --option=value")
+        if name in _SET_BY:
+            instead = f"--launcher-set {_SET_BY[name]}=..." if _SET_BY[name] else "nothing"
+            raise ValueError(f"sbatch: --{option} is set by {instead}")
         options[name] = value if equals else True
     return options
 
@@ -340,9 +351,9 @@ class SlurmOptions(BaseModel):
     cpus_per_run: Annotated[int, Field(ge=1)] | None = None
     """Default: --threads or --sim-workers, whichever is more."""
     gpus_per_run: Annotated[int, Field(ge=0)] | None = None
-    """Default: 1 with --device cuda, else none."""
+    """Default: 1 with --device cuda, unless ``sbatch`` asks for some; else none."""
     at_once: Annotated[int, Field(ge=1)] = 256
-    """Jobs that run at a time."""
+    """Of the jobs submitted together, those that run at a time; of each array, one at least."""
     array_size: Annotated[int, Field(ge=1)] = 1_000
     """Jobs in one array, which SLURM limits (MaxArraySize); more runs are several arrays."""
 
@@ -373,19 +384,23 @@ class SlurmQueue:
         self._tried = -math.inf
         self._states: dict[str, str] = {}
         self._doomed: list[str] = []
+        self.cancelled: list[str] = []
 
     def look(self, within: float) -> None:
         """Ask, unless that was tried in the last ``within`` seconds. A controller that does not
         answer changes nothing."""
-        now = time.monotonic()
-        if now - self._tried < within:
+        began = time.monotonic()
+        if began - self._tried < within:
             return
-        self._tried = now
-        command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["squeue", "--all", "--noheader", "--array", f"--user={os.getuid()}"]
+        try:
             lines = _tool(*command, "--format=%i %T").splitlines()
-            pairs = (line.split(maxsplit=1) for line in lines if " " in line.strip())
-            self._states, self.looked = {job: state.strip() for job, state in pairs}, now
+        except (OSError, subprocess.SubprocessError):
+            return
+        finally:
+            self._tried = time.monotonic()
+        pairs = (line.split(maxsplit=1) for line in lines if " " in line.strip())
+        self._states, self.looked = {job: state.strip() for job, state in pairs}, began
 
     def state(self, job_id: str) -> str:
         """PENDING, RUNNING, COMPLETING, ...; empty for a job that was not in the queue."""
@@ -399,15 +414,24 @@ class SlurmQueue:
         """Carry out what `cancel` noted: one command for hundreds, as SLURM asks for."""
         while self._doomed:
             some, self._doomed = self._doomed[:500], self._doomed[500:]
+            self.cancelled += some
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 _tool("scancel", *some)
 
+    def left(self) -> list[str]:
+        """Jobs that were cancelled and are in the queue all the same, as far as it tells."""
+        self.look(0)
+        return [job for job in self.cancelled if self.state(job) not in ("", "COMPLETING")]
+
 
 def _tool(*command: str) -> str:
-    """The output of one of SLURM's programs, which no Ctrl-C in the terminal reaches."""
+    """The output of one of SLURM's programs, which no Ctrl-C in the terminal reaches, nor a user's
+    filters."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SCANCEL_"))}
     return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=60, start_new_session=True
-    ).stdout
+        command, capture_output=True, text=True, check=True, timeout=60, env=plain,
+        start_new_session=True,
+    ).stdout  # fmt: skip
 
 
 class Slurm:
@@ -425,6 +449,9 @@ class Slurm:
         self._folder, self._options, self._queue = folder.resolve(), options, SlurmQueue()
         self._executor = submitit.SlurmExecutor(self._folder, max_num_timeout=options.requeues)
         gpus, cpus = options.gpus_per_run, options.cpus_per_run or cores
+        more = _sbatch_options(options.sbatch)
+        if gpus is None and not any(name.startswith(("gres", "gpus")) for name in more):
+            gpus = int(device.startswith("cuda"))
         named = {"partition", "account", "qos", "constraint"}
         self._executor.update_parameters(
             job_name="bench",
@@ -434,17 +461,20 @@ class Slurm:
             cpus_per_task=cpus,
             # Between 22.05 and 23.02 a step does not take it over from its job.
             srun_args=[f"--cpus-per-task={cpus}"],
-            gpus_per_node=int(device.startswith("cuda")) if gpus is None else gpus,
+            gpus_per_node=gpus,
             stderr_to_stdout=True,
             setup=None if options.setup is None else [options.setup],
             # Queued again also when its node fails.
-            additional_parameters={"requeue": True} | _sbatch_options(options.sbatch),
+            additional_parameters={"requeue": True} | more,
             **options.model_dump(include=named, exclude_none=True),
         )
 
     def start(self, orders: Sequence[Order]) -> list[Handle]:
         """See `Launcher.start`."""
+        began = time.monotonic()
         self._queue.look(0)
+        if self._queue.looked < began and any(self._place(order).exists() for order in orders):
+            raise RuntimeError("squeue does not answer, and some of the runs may be in the queue")
         jobs = {order.run: job for order in orders if (job := self._in_queue(order)) is not None}
         new = [order for order in orders if order.run not in jobs]
         size = self._options.array_size
@@ -453,11 +483,17 @@ class Slurm:
         for array in arrays:
             at_once = max(1, self._options.at_once // len(arrays))
             self._executor.update_parameters(array_parallelism=at_once)
-            with self._executor.batch():
-                submitted = [
-                    self._executor.submit(Remote(order, save_seconds=save_seconds))
-                    for order in array
-                ]
+            try:
+                with self._executor.batch():
+                    submitted = [
+                        self._executor.submit(Remote(order, save_seconds=save_seconds))
+                        for order in array
+                    ]
+            except Exception as error:
+                for job in jobs.values():  # nobody would hear of them
+                    self._queue.cancel(job.job_id)
+                self._queue.flush()
+                raise RuntimeError(f"sbatch: {str(error).strip()}") from error
             for order, job in zip(array, submitted, strict=True):
                 jobs[order.run] = job
                 with contextlib.suppress(OSError):  # it trains all the same
@@ -468,6 +504,8 @@ class Slurm:
     def close(self) -> None:
         """The jobs are the cluster's; those that were to be cancelled are."""
         self._queue.flush()
+        if self._queue.cancelled and (left := self._queue.left()):
+            print(f"bench: still in the queue: scancel {' '.join(left)}", file=sys.stderr)
 
     @staticmethod
     def _place(order: Order) -> Path:
@@ -483,11 +521,12 @@ class Slurm:
         if self._queue.state(job_id) in ("", "COMPLETING"):
             return None
         job = self._executor.job_class(self._folder, job_id)
-        return job if job.paths.submitted_pickle.exists() else None
+        over = not job.paths.submitted_pickle.exists() or job.paths.result_pickle.exists()
+        return None if over else job
 
 
 class _Job:
-    GONE_SECONDS = 30.0
+    GONE_SECONDS = 90.0
     """A result may be so much later to be seen, on a shared file system, than its job is gone."""
 
     def __init__(self, job: Any, store: RunStore, queue: SlurmQueue) -> None:
@@ -497,10 +536,10 @@ class _Job:
 
     def poll(self) -> Exit | None:
         self._queue.flush()
+        if os.path.exists(self.job.paths.result_pickle):  # whatever errors a file server has
+            return self._result()
         if self._cancelled:
             return Exit(EXIT_INTERRUPTED)
-        if self.job.paths.result_pickle.exists():
-            return self._result()
         if self._stopped:
             _ask_to_stop(self._store)
         self._queue.look(SlurmQueue.SECONDS)
@@ -511,6 +550,8 @@ class _Job:
         self._gone = min(self._gone, now)
         if now - self._gone < self.GONE_SECONDS:
             return None
+        if self._store.done:
+            return Exit(0)
         if self._stopped:
             return Exit(EXIT_INTERRUPTED)
         return Exit(
@@ -525,7 +566,8 @@ class _Job:
         except Exception as error:  # noqa: BLE001  (submitit raises what it found in the job)
             if self._stopped:
                 return Exit(EXIT_INTERRUPTED)
-            last = str(error).strip().rpartition("\n")[2]
+            trace = str(error).rpartition("\n---")[0] or str(error)  # below it: where the log is
+            last = trace.strip().rpartition("\n")[2]
             return Exit(EXIT_FAILED, f"job {self.job.job_id}: {last}")
 
     def stop(self) -> None:

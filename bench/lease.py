@@ -3,7 +3,7 @@
 A file lock is enough on one machine, where the kernel gives it back with the process. Over a shared
 directory it may not reach the other machines, or may stay behind when one of them is gone. So each
 holder also has a *generation*: a file ``lease-<generation>`` that it alone created (exclusive
-creation is atomic on shared file systems, too), with a counter that it raises about every second.
+creation is atomic on shared file systems, too), with a counter that it raises every few seconds.
 
 - An observer takes the next generation once the counter has stood still for some seconds of the
   observer's own monotonic clock; no two clocks are ever compared.
@@ -54,10 +54,11 @@ def machine() -> str:
 class Lease:
     """A generation that this process holds."""
 
-    def __init__(self, path: Path, generation: int) -> None:
+    def __init__(self, path: Path, generation: int, *, locked: bool) -> None:
         self.path, self.generation = path, generation
         self._record: dict[str, Any] = {
             "machine": machine(), "pid": os.getpid(), "token": secrets.token_hex(8), "counter": 0,
+            "locked": locked,
         }  # fmt: skip
 
     @classmethod
@@ -73,13 +74,13 @@ class Lease:
         """
         found = newest(folder)
         generation, record = found or (0, {"released": True})
-        dead = locked and record.get("machine") == machine()
+        dead = locked and _had_the_lock(record)
         if not (record.get("released") or dead):
             path = _path(folder, generation)
             if locked and expires is not None and not _bytes(path):
                 expires = min(expires, EMPTY_SECONDS)
             _watch(path, expires, str(record.get("machine", "another one")))
-        lease = cls(_path(folder, generation + 1), generation + 1)
+        lease = cls(_path(folder, generation + 1), generation + 1, locked=locked)
         try:
             with lease.path.open("x", encoding="utf-8") as file:
                 file.write(lease._text())
@@ -140,14 +141,20 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def held_elsewhere(folder: Path) -> str:
-    """The machine, not this one, whose process has not released the lease; or ``""``.
+    """The machine whose process has not released the lease, where this one's file lock does not
+    tell of it; or ``""``.
 
     Whether that process is alive, only watching its counter can tell.
     """
     found = newest(folder)
-    if found is None or found[1].get("released") or found[1].get("machine") == machine():
+    if found is None or found[1].get("released") or _had_the_lock(found[1]):
         return ""
     return str(found[1].get("machine", "?")).partition("/")[0]
+
+
+def _had_the_lock(record: dict[str, Any]) -> bool:
+    """Whether the holder is, or was, one of this machine's with its file lock."""
+    return record.get("machine") == machine() and bool(record.get("locked", True))
 
 
 def _watch(

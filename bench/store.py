@@ -285,9 +285,9 @@ class RunStore:
         self.state_path.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + wait
         with (self.state_path / "lock").open("a") as file:
-            locked = self._lock(file.fileno(), wait)
             while True:
                 try:
+                    locked = self._lock(file.fileno())
                     lease = Lease.take(self.state_path, expires=expires, locked=locked)
                     break
                 except LeaseHeldError as error:
@@ -304,23 +304,23 @@ class RunStore:
                 self._lease = None
                 lease.release()
 
-    def _lock(self, descriptor: int, wait: float) -> bool:
-        """Take the file lock; False if the file system has none, BusyError if another process of
-        this machine has it. Over NFS another machine may have it, whose lease decides then."""
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if self.elsewhere:
-                    return False
-                if time.monotonic() >= deadline:
-                    raise BusyError(f"{self.path} is being trained by another process") from None
-                time.sleep(min(POLL_SECONDS, wait))
-            except OSError:
+    def _lock(self, descriptor: int) -> bool:
+        """Take the file lock; False if the file system has none. Raises LeaseHeldError if another
+        process of this machine has it; over NFS one elsewhere may, and there its lease decides."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if self.elsewhere:
                 return False
-            else:
-                return True
+            raise LeaseHeldError("one of this machine has it") from None
+        except OSError:
+            return False
+        return True
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds the run."""
+        return self._lease is not None
 
     @property
     def busy(self) -> bool:

@@ -12,7 +12,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.resources import files
@@ -354,6 +354,7 @@ class Sweep:
         self._options, self._threads = tuple(options), threads
         self._running: dict[int, Handle] = {}  # by the job's place in the list
         self._clerks: ThreadPoolExecutor
+        self._recorded: list[Future[None]] = []
         self._signals = 0
 
     @property
@@ -398,6 +399,8 @@ class Sweep:
                     handle.stop()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
+        for recorded in self._recorded:
+            recorded.result()
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1
@@ -464,7 +467,7 @@ class Sweep:
             job.outcome = "pending" if lost and job.attempts <= self.retries else "failed"
             # Its own process may not have been able to say so.
             if job.outcome == "failed" and _said(job)["state"] != "failed":
-                self._clerks.submit(_record_failure, job)
+                self._recorded.append(self._clerks.submit(_record_failure, job))
 
 
 def _why(job: Job, end: Exit, log: str) -> tuple[bool, str]:

@@ -57,7 +57,7 @@ class Interrupted(Exception):  # noqa: N818  (it is a request, not an error)
 
 
 Heartbeat = Callable[[int, dict[str, Any]], None]
-"""Called about every second with the step and facts for the status."""
+"""Called every second or few with the step and facts for the status."""
 
 
 def checkpoint_steps(spec: RunSpec) -> int:
@@ -226,12 +226,12 @@ def run_loop(
         return outcome.observations
 
     def learn() -> None:
-        with clock("update"):
-            made = 0
-            while made < p.updates_per_step or agent.owed_updates:
+        made = 0
+        while made < p.updates_per_step or agent.owed_updates:
+            with clock("update"):
                 meters.add_update(agent.update(replay.sample(p.batch_per_task)))
-                made += 1
-                beat()
+            made += 1
+            beat()
 
     while step < p.steps_per_task:
         learning = step + p.envs_per_task > p.warmup_steps
@@ -499,7 +499,9 @@ class _StopRequest:
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._asked:  # a second request does not wait for the end of the episode
+        # A second request does not wait for the end of the episode; before the run is held, which
+        # may be a long wait for another process, there is nothing to save.
+        if self._asked or not self._store.held:
             raise KeyboardInterrupt
         self._asked = True
 

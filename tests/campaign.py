@@ -70,6 +70,7 @@ class Forked:
     """A launcher whose runs are forks of the sweep, with a fault in the first."""
 
     slots: float = 2
+    poll_seconds = 0.25
 
     def __init__(self, fault: Callable[[], None]) -> None:
         self._fault = fault

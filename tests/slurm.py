@@ -7,6 +7,7 @@ Only what the launcher uses is there, and of the output only what it reads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -32,8 +33,9 @@ def jobs(folder: Path) -> dict[str, tuple[str, int]]:
     """State and process group by job id."""
     found = {}
     for path in sorted(folder.glob("[0-9]*")):
-        state, _, group = path.read_text().partition(" ")
-        found[path.name] = state, int(group or 0)
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            state, _, group = path.read_text().partition(" ")
+            found[path.name] = state, int(group or 0)
     return found
 
 
@@ -72,13 +74,15 @@ def begin(folder: Path, job: str) -> None:
     state, _ = jobs(folder).get(job, ("", 0))
     if state == "REQUEUED":
         begin(folder, job)
-    elif state:
-        (folder / job).unlink()
+    else:
+        (folder / job).unlink(missing_ok=True)
     os._exit(0)
 
 
 def sbatch(folder: Path, script: str) -> None:
     text = Path(script).read_text()
+    if (folder / "full-after").exists() and len(calls(folder, "sbatch")) > 1:
+        sys.exit("sbatch: error: Job violates accounting/QOS policy (job submit limit)")
     array = f"{4242 + len(list(folder.glob('script-*')))}"
     (folder / f"script-{array}").write_text(text)
     found = re.search(r"--array=0-(\d+)%(\d+)", text)
@@ -100,7 +104,13 @@ def scancel(folder: Path, *names: str) -> None:
         state, group = jobs(folder).get(job, ("", 0))
         (folder / job).unlink(missing_ok=True)
         if state == "RUNNING":
-            os.killpg(group, signal.SIGKILL)
+            kill(group)
+
+
+def kill(group: int) -> None:
+    """A job's processes, if there are any left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def scontrol(folder: Path, action: str, job: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -185,7 +186,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     for state, group in slurm.jobs(folder).values():
         if state == "RUNNING":
-            os.killpg(group, signal.SIGKILL)
+            slurm.kill(group)
 
 
 def on_slurm(out: Path, *settings: str, **facts: Any) -> Slurm:
@@ -243,7 +244,9 @@ def test_a_job_that_cannot_save_before_its_limit_is_queued_again_all_the_same(
     stat = Path(f"/proc/{pid}/stat").read_text()
     os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGUSR2)
     wait_for(lambda: slurm.calls(cluster, "scontrol"), "it was not queued again")
-    wait_for(lambda: job.store.status().get("pid") != pid, "it did not begin again")
+    status = job.store.status()
+    assert (status["state"], status["pid"]) == ("running", pid), "it did not save"
+    wait_for(lambda: job.store.status().get("pid") not in (None, pid), "it did not begin again")
     assert handle.poll() is None
 
 
@@ -306,6 +309,58 @@ def test_jobs_that_wait_are_found_again_not_submitted_again(cluster: Path, tmp_p
     assert len(slurm.calls(cluster, "sbatch")) == 2
 
 
+def test_where_the_queue_cannot_be_seen_nothing_is_submitted_again(
+    cluster: Path, tmp_path: Path
+) -> None:
+    (cluster / "full").touch()
+    (cluster / "no-squeue").touch()
+    on_slurm(tmp_path).start(orders(tmp_path, 2))  # nothing can be there yet
+    with pytest.raises(RuntimeError, match="squeue does not answer"):
+        on_slurm(tmp_path).start(orders(tmp_path, 2))
+    assert len(slurm.calls(cluster, "sbatch")) == 1
+
+
+def test_what_was_submitted_before_sbatch_refused_is_cancelled(
+    cluster: Path, tmp_path: Path
+) -> None:
+    (cluster / "full").touch()
+    (cluster / "full-after").touch()
+    with pytest.raises(RuntimeError, match="job submit limit"):
+        on_slurm(tmp_path, "array_size=2").start(orders(tmp_path, 5))
+    assert slurm.jobs(cluster) == {}
+
+
+def test_a_job_that_has_ended_is_not_found_again(cluster: Path, tmp_path: Path) -> None:
+    """Its result is there a moment before it leaves the queue."""
+    (cluster / "full").touch()
+    (first,) = on_slurm(tmp_path).start(orders(tmp_path, 1))
+    first.job.paths.result_pickle.write_bytes(pickle.dumps(("success", 1)))  # type: ignore[attr-defined]
+    assert first.poll() == Exit(1)
+    (second,) = on_slurm(tmp_path).start(orders(tmp_path, 1))
+    assert second.poll() is None
+    assert len(slurm.calls(cluster, "sbatch")) == 2
+
+
+def test_the_reason_of_an_exception_in_a_job_is_told(cluster: Path, tmp_path: Path) -> None:
+    (cluster / "full").touch()
+    (handle,) = on_slurm(tmp_path).start(orders(tmp_path, 1))
+    trace = "Traceback (most recent call last):\n  ...\nOSError: No space left on device"
+    handle.job.paths.result_pickle.write_bytes(pickle.dumps(("error", trace)))  # type: ignore[attr-defined]
+    assert handle.poll() == Exit(1, "job 4242: OSError: No space left on device")
+
+
+def test_jobs_that_could_not_be_cancelled_are_named(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cluster / "full").touch()
+    (cluster / "no-scancel").touch()
+    where = on_slurm(tmp_path)
+    for handle in where.start(orders(tmp_path, 2)):
+        handle.stop()
+    where.close()
+    assert "scancel 4242_0 4242_1" in capsys.readouterr().err
+
+
 def test_more_runs_than_an_array_takes_are_several_arrays(cluster: Path, tmp_path: Path) -> None:
     (cluster / "full").touch()
     on_slurm(tmp_path, "array_size=2", "at_once=3").start(orders(tmp_path, 5))
@@ -346,9 +401,14 @@ def test_what_slurm_is_told(cluster: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert f"#SBATCH {expected}" in lines, lines
     assert "module load x" in lines
+    assert not any(line.startswith("#SBATCH --wckey=submitit") for line in lines)
     (command,) = (line for line in lines if "submitit.core._submit" in line)
     assert "--cpus-per-task=2" in command
     assert [handle.job.job_id for handle in handles] == ["4242_0", "4242_1", "4242_2"]  # type: ignore[attr-defined]
+    typed = on_slurm(tmp_path, "sbatch=--gpus-per-node=a100:1", device="cuda")
+    typed.start(orders(tmp_path / "more", 2))
+    lines = (cluster / "script-4243").read_text().splitlines()
+    assert [line for line in lines if "gpus" in line] == ["#SBATCH --gpus-per-node=a100:1"]
 
 
 def test_what_a_job_is_queued_again_with(tmp_path: Path) -> None:
@@ -372,6 +432,7 @@ def test_what_a_job_is_queued_again_with(tmp_path: Path) -> None:
         ("slurm", ["minutes=long", "at_once=-1"], ["minutes='long'", "at_once=-1"]),
         ("slurm", ["minutes=4", "signal_seconds=240"], ["signal_seconds=240", "240 seconds"]),
         ("slurm", ["sbatch=gres=gpu:1"], ["'gres=gpu:1'", "--option=value"]),
+        ("slurm", ["sbatch=--mem-per-cpu=2G"], ["--mem-per-cpu", "memory_gb"]),
         ("ray", ["gpus_per_run=1.5"], ["gpus_per_run=1.5", "whole"]),
         ("ray", ["gpus_per_run"], ["expected key=value"]),
         ("ray", ["retries=1", "retries=2"], ["retries is given twice"]),

@@ -47,6 +47,28 @@ def test_a_dead_holder_of_this_machine_is_followed_at_once(tmp_path: Path) -> No
         Lease.take(tmp_path, expires=None, locked=False)
 
 
+def test_a_lock_that_reaches_other_machines_leaves_it_to_the_lease(
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, on: Callable[[str], None]
+) -> None:
+    """As over NFS, where the lock of a machine that is gone may stay behind."""
+    store = open_store(tmp_path, toy_spec())
+    on("a")
+    store.state_path.mkdir()
+    Lease.take(store.state_path, expires=None, locked=True)
+    on("b")
+    with (store.state_path / "lock").open("a") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert not store.busy
+        with store.locked(expires=0.3, wait=0.0):
+            fcntl.flock(theirs, fcntl.LOCK_UN)
+            # The next of this machine gets the lock, but must not take the holder for dead.
+            with pytest.raises(BusyError), RunStore(store.path).locked(expires=None, wait=0.0):
+                pass
+            assert store.elsewhere == "b"
+        with RunStore(store.path).locked(expires=None, wait=0.0):
+            pass
+
+
 def test_a_lease_that_was_hardly_taken_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / "lease-00000004").touch()  # killed, or the disk full, before it was written
     started = time.monotonic()
@@ -70,7 +92,7 @@ def test_a_silent_holder_of_another_machine_expires_and_learns_of_it(
     started = time.monotonic()
     second = Lease.take(tmp_path, expires=0.3, locked=False)
     assert time.monotonic() - started >= 0.3
-    assert held_elsewhere(tmp_path) == ""
+    assert held_elsewhere(tmp_path) == "b"  # its own machine, whose file lock does not tell
     for look in (first.check, first.renew):
         with pytest.raises(LeaseLostError, match="taken over"):
             look()
