@@ -321,8 +321,8 @@ def _sbatch_options(text: str) -> dict[str, Any]:
         if not word.startswith("--") or not name:
             raise ValueError(f"sbatch: {word!r} is not of the form --option or --option=value")
         if name in _SET_BY:
-            instead = f"--launcher-set {_SET_BY[name]}=..." if _SET_BY[name] else "nothing"
-            raise ValueError(f"sbatch: --{option} is set by {instead}")
+            by = f"--launcher-set {_SET_BY[name]}=..." if _SET_BY[name] else "the launcher itself"
+            raise ValueError(f"sbatch: --{option} is set by {by}")
         options[name] = value if equals else True
     return options
 

@@ -566,8 +566,11 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
     A run that is there under another name of its configuration (``mega@tuned`` is
     ``mega@trigger_patient``) is that run.
     """
+    there: dict[str, list[Path]] = {}  # by seed and id, which a run has whatever its label
+    for path in sorted(out.glob("*/*/*")):
+        there.setdefault(path.name, []).append(path)
     jobs = []
-    for spec in map(partial(_as_recorded, out), specs):
+    for spec in map(partial(_as_recorded, out, there), specs):
         job = Job(spec, RunStore(out / spec.directory))
         if job.store.done:
             job.outcome = "skipped"
@@ -577,11 +580,12 @@ def plan(specs: Sequence[RunSpec], out: Path) -> list[Job]:
     return jobs
 
 
-def _as_recorded(out: Path, spec: RunSpec) -> RunSpec:
+def _as_recorded(out: Path, there: Mapping[str, Sequence[Path]], spec: RunSpec) -> RunSpec:
     """The specification by the name under which its run is recorded, if it is."""
     own = out / spec.directory
-    if not own.exists():
-        for path in sorted(own.parent.parent.glob(f"*/{own.name}")):
+    alike = there.get(own.name, ())
+    if own not in alike:
+        for path in alike:
             with contextlib.suppress(StoreError):
                 recorded = RunStore(path).spec()
                 if path == out / recorded.directory and not spec.conflict(recorded):

@@ -13,9 +13,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-TOOLS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 
 
 def install(folder: Path) -> Path:
@@ -131,10 +130,12 @@ def main(tool: str, folder: Path, arguments: list[str]) -> None:
         log.write(f"{tool} {' '.join(arguments)}\n")
     if (folder / f"no-{tool}").exists():
         sys.exit(f"{tool}: error: not now")
-    {"sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol, "srun": srun}[
-        tool
-    ](folder, *arguments)
+    TOOLS[tool](folder, *arguments)
 
+
+TOOLS: dict[str, Callable[..., None]] = {
+    "sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol, "srun": srun,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
