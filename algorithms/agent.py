@@ -140,6 +140,9 @@ class Agent(ABC):
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step. Returns metrics as (T,) tensors, without a host synchronisation."""
 
+    def compile(self) -> None:  # noqa: B027
+        """Hand to `torch.compile` what it makes faster; what it cannot compile goes on without."""
+
     def on_episode_start(self, task: int, env: int) -> None:  # noqa: B027  (most need no hook)
         """A training episode starts in environment ``env`` of ``task`` (never in evaluation)."""
 

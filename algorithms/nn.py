@@ -167,8 +167,9 @@ COMPILED = True
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether to compute at ``x`` by compiled loops; otherwise by tensor operations."""
-    return COMPILED and x.device.type == "cpu"
+    """Whether to compute at ``x`` by compiled loops; otherwise by tensor operations, which are what
+    `torch.compile` compiles."""
+    return COMPILED and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Layers(nn.Sequential):

@@ -28,7 +28,7 @@ the two equal.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +216,7 @@ class RoutedNetwork(nn.Module):
         shape = (*sources.shape[:3], tasks, rows)
         return output, Route(sources.reshape(shape), weights.detach().reshape(shape))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a generator cannot be traced
     def _noise(
         self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None
     ) -> Tensor | None:
@@ -434,14 +435,14 @@ class _Stack(torch.autograd.Function):
         a = t[-1]
         # What destinations push to each source: d u_j, and what of it is blocked from y_j.
         pushed = gradient.new_zeros(modules * total, lanes, width)
-        push = gradient.new_empty(total, k, lanes, width)
+        factor = share[..., None] if suitable is None else torch.stack([share, block], -1)
         learning = ctx.needs_input_grad[2]
         learned: list[list[Tensor | None]] = []
         for i in range(modules - 1, -1, -1):
-            torch.mul(share[i, :, :, None], t[i, :, None], out=push[:, :, 0])
+            arriving = t[i, :, None]  # (N, lanes, d)
             if lanes == 2:
-                source = t[i] if ctx.shortcut_masked else a
-                torch.mul(block[i, :, :, None], source[:, None], out=push[:, :, 1])
+                arriving = torch.stack([t[i], t[i] if ctx.shortcut_masked else a], 1)
+            push = factor[i, ..., None] * arriving[:, None]  # (N, K, lanes, d)
             pushed.index_add_(0, ctx.index[i], push.view(total * k, lanes, width))
             # Module i (zero-based) has now heard from all its destinations.
             g_u = pushed[i * total : (i + 1) * total, 0]
@@ -460,9 +461,9 @@ class _Stack(torch.autograd.Function):
         g_share = per_source.transpose(0, 1).gather(2, picked)  # (M, N, K)
         g_weights = g_share.view(modules, copies, rows, -1).permute(1, 0, 3, 2)
         g_layers = [
-            torch.stack([g for of in learned[::-1] if (g := of[k]) is not None], 1).view_as(p)
+            torch.stack([cast(Tensor, of[n]) for of in reversed(learned)], 1).view_as(p)
             if learning and p is not None else None
-            for k, p in enumerate(parameters)
+            for n, p in enumerate(parameters)
         ]  # fmt: skip
         return g_y, g_weights, *g_layers, None, None, None
 

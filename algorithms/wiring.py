@@ -371,6 +371,7 @@ class _Stack(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # wired anew at each update
     def forward(
         ctx: Any,
         first: Tensor,

@@ -60,6 +60,14 @@ Workers = Annotated[
     str, typer.Option("--workers", help="Runs at a time: auto (cores) or a number.")
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads of each run.")]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Networks by torch.compile, on a GPU as CUDA graphs: after minutes of compiling fewer "
+        "and larger operations. Made for GPUs; on a CPU it is slower.",
+    ),
+]
 RunsPerDevice = Annotated[
     int,
     typer.Option(
@@ -156,6 +164,7 @@ def run(
     workers: Workers = "auto",
     threads: Threads = 1,
     device: Device = "auto",
+    compile_: Compile = False,
     runs_per_device: RunsPerDevice = 4,
     launcher: Launcher = "local",
     launcher_set: LauncherSet = None,
@@ -187,10 +196,10 @@ def run(
         requests, mistakes = read_options(algos, suite, _seeds(seeds, scale), scale)
     requests = [_with_overrides(request, overrides) for request in requests]
     how = How(
-        out=out, workers=workers, threads=threads, device=device, runs_per_device=runs_per_device,
-        launcher=launcher, launcher_set=launcher_set or [], retries=retries,
-        sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
-        disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
+        out=out, workers=workers, threads=threads, device=device, compile=compile_,
+        runs_per_device=runs_per_device, launcher=launcher, launcher_set=launcher_set or [],
+        retries=retries, sim_workers=sim_workers, hang_seconds=hang_seconds, track=track,
+        notify=notify, disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
     conduct(expand(requests, mistakes), how, dry_run=dry_run, of_papers=_suites_of_papers)
 
@@ -212,6 +221,7 @@ def ablate(
     workers: Workers = "auto",
     threads: Threads = 1,
     device: Device = "auto",
+    compile_: Compile = False,
     runs_per_device: RunsPerDevice = 4,
     launcher: Launcher = "local",
     launcher_set: LauncherSet = None,
@@ -250,10 +260,10 @@ def ablate(
         if ablation in (name, "all")
     ]  # fmt: skip
     how = How(
-        out=out, workers=workers, threads=threads, device=device, runs_per_device=runs_per_device,
-        launcher=launcher, launcher_set=launcher_set or [], retries=retries,
-        sim_workers=sim_workers, hang_seconds=hang_seconds, track=track, notify=notify,
-        disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
+        out=out, workers=workers, threads=threads, device=device, compile=compile_,
+        runs_per_device=runs_per_device, launcher=launcher, launcher_set=launcher_set or [],
+        retries=retries, sim_workers=sim_workers, hang_seconds=hang_seconds, track=track,
+        notify=notify, disk_budget=disk_budget, allow_other_numerics=allow_other_numerics,
     )  # fmt: skip
     conduct(expand(requests), how, dry_run=dry_run, of_papers=_suites_of_papers)
 
@@ -857,6 +867,10 @@ def speed(
         str, typer.Option("--threads", help="Threads, comma-separated; all: every core.")
     ] = "1",
     device: Device = "auto",
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile", help="Each algorithm twice: the second time by torch.compile."),
+    ] = False,
     set_: Set = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="Of measuring, per row.")
@@ -899,9 +913,11 @@ def speed(
     labels = algorithms.names() if algos is None else names(algos, "--algos")
     if sim_workers and not training:
         raise UsageError(f"--sim-workers {sim_workers} is for --train")
+    if compile_ and (problem := machine.compiler_problem(chosen)):
+        raise WorkError(f"--compile: {problem}")
     suites, presets = names(suite, "--suite"), names(preset, "--preset")
     overrides = parse_overrides(set_ or [])
-    rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides)
+    rows = speed_rows(labels, suites, presets, chosen, counts, seconds, overrides, compile_)
     worlds = simulator_rows(
         [
             RunSpec.resolve(labels[0], name, 0, preset_name=scale, overrides=overrides)

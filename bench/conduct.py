@@ -38,6 +38,7 @@ class How(NamedTuple):
     workers: str
     threads: int
     device: str
+    compile: bool
     runs_per_device: int
     launcher: str
     launcher_set: list[str]
@@ -56,6 +57,7 @@ class How(NamedTuple):
             "--device", self.device, "--threads", str(self.threads),
             "--sim-workers", str(self.sim_workers), "--hang-seconds", str(self.hang_seconds),
         ]  # fmt: skip
+        options += ["--compile"] * self.compile
         return options + ["--allow-other-numerics"] * self.allow_other_numerics
 
 
@@ -116,6 +118,8 @@ def conduct(
         return
     try:
         sweep.writable(out)
+        if how.compile and local and (problem := machine.compiler_problem(here)):
+            print(f"bench: --compile: {problem}; runs train without", file=sys.stderr)
         launcher = launch.launcher(
             how.launcher, how.launcher_set, out=out, workers=at_a_time, cores=cores,
             device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,

@@ -92,7 +92,18 @@ def give_back_memory(device: str) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def numerics(device: str, threads: int) -> dict[str, str]:
+def compiler_problem(device: str) -> str:
+    """Why `torch.compile` makes nothing that runs on ``device``, in a line, or "" if it does."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001  (torch has no one name for all that may be missing)
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ""
+
+
+def numerics(device: str, threads: int, compiled: bool = False) -> dict[str, str]:
     """What makes equal specifications give equal bytes; a run is resumed only under the same."""
     software = versions()
     return {
@@ -102,6 +113,7 @@ def numerics(device: str, threads: int) -> dict[str, str]:
         "numba": software["numba"],
         "scipy": software["scipy"],
         "simulator": f"metaworld {software['metaworld']}, mujoco {software['mujoco']}",
+        **({"compiled": "yes"} if compiled else {}),
     }
 
 
@@ -130,20 +142,23 @@ def origin() -> dict[str, Any]:
     return {"command": shlex.join(words)}
 
 
-def changed_numerics(began: Mapping[str, str], device: str, threads: int) -> list[str]:
+def changed_numerics(
+    began: Mapping[str, str], device: str, threads: int, compiled: bool = False
+) -> list[str]:
     """How today's `numerics` differ from those that a run began under, in words."""
-    now = numerics(device, threads)
-    return [f"{k} {began.get(k)} -> {v}" for k, v in now.items() if began.get(k) != v]
+    plain = {"compiled": "no"}
+    before, now = plain | dict(began), plain | numerics(device, threads, compiled)
+    return [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
+def environment(device: str, threads: int, compiled: bool = False) -> dict[str, Any]:
     """Everything above, for spec.json."""
     return {
         "versions": versions(),
         "hardware": hardware(device),
         "git_commit": git_commit(),
         "plugins": plugins(),
-        "numerics": numerics(device, threads),
+        "numerics": numerics(device, threads, compiled),
         **origin(),
     }
 

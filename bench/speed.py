@@ -203,8 +203,11 @@ def speed_rows(
     threads: Sequence[int],
     seconds: float = 6.0,
     overrides: Mapping[str, Any] | None = None,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """A row per algorithm, suite, preset and number of threads, ``seconds`` of measuring each.
+
+    ``compiled``: and one with its networks by `torch.compile`.
 
     Each figure is the least of `ROUNDS` medians, all rows of one setting being measured in turns.
     ``update_ms``, ``act_ms``, ``step_ms`` (the simulator's): milliseconds per call for all tasks.
@@ -225,7 +228,7 @@ def speed_rows(
     rows = []
     for specs, count in itertools.product(settings, threads):
         torch.set_num_threads(count)
-        rows += _setting(labels, specs, device, count, seconds)
+        rows += _setting(labels, specs, device, count, seconds, compiled)
     return rows
 
 
@@ -235,8 +238,14 @@ def _setting(
     device: str,
     threads: int,
     seconds: float,
+    compiled: bool,
 ) -> list[dict[str, Any]]:
-    agents = [spec.make_agent(device) for spec in specs]
+    ways = [False, True] if compiled else [False]
+    pairs = itertools.product(zip(labels, specs, strict=True), ways)
+    entries = [(label, spec, spec.make_agent(device), way) for (label, spec), way in pairs]
+    for _, _, agent, way in entries:
+        if way:
+            agent.compile()
     rounds, peaks = [], []
     with contextlib.ExitStack() as stack:
         worlds: dict[tuple[Any, ...], VectorEnv] = {}
@@ -249,19 +258,21 @@ def _setting(
             rounds.append(
                 [
                     measure(spec, agent, worlds[_world(spec)], seconds / ROUNDS)
-                    for spec, agent in zip(specs, agents, strict=True)
+                    for _, spec, agent, _ in entries
                 ]
             )
     rows: list[dict[str, Any]] = []
-    for place, (label, spec, agent) in enumerate(zip(labels, specs, agents, strict=True)):
+    for place, (label, spec, agent, way) in enumerate(entries):
         parts = Parts(*np.min([measured[place] for measured in rounds], axis=0))
         at_once = agent.suite.num_tasks * spec.protocol.envs_per_task
         p = spec.protocol
         batch = example_batch(agent, p.batch_per_task, _extras(agent, p.envs_per_task))
-        gflop, learning = work(agent, batch), spec.protocol.updates_per_step * parts.update
+        gflop = rows[-1]["gflop"] if way else work(agent, batch)  # counted operation by operation
+        learning = spec.protocol.updates_per_step * parts.update
         rows.append(
             {
                 "algorithm": label,
+                "compiled": way,
                 "suite": spec.suite,
                 "preset": spec.preset,
                 "tasks": agent.suite.num_tasks,

@@ -87,6 +87,7 @@ def train(
     store: RunStore,
     *,
     device: str = "cpu",
+    compiled: bool = False,
     workers: int = 0,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     allow_other_numerics: bool = False,
@@ -98,6 +99,7 @@ def train(
 ) -> None:
     """Train ``spec`` to its end in ``store``, from its newest checkpoint if it has one.
 
+    ``compiled``: by `torch.compile`, as far as the agent has a use for it.
     Holds the run (``lease_seconds``, ``wait_seconds``: see `RunStore.locked`) and keeps its status;
     calls ``alive`` at every heartbeat. Returns at once if the run is done already. Raises BusyError
     if another process trains it; Interrupted after a checkpoint once ``stop()`` is true;
@@ -121,7 +123,7 @@ def train(
 
         try:
             if store.checkpoint_files() and (
-                changed := other_numerics(store, device, allow_other_numerics)
+                changed := other_numerics(store, device, compiled, allow_other_numerics)
             ):
                 known["other_numerics"] = changed
             heartbeat(known["step"], {})
@@ -131,8 +133,9 @@ def train(
                 closing(make(autoreset=False)) as eval_envs,
             ):
                 run_loop(
-                    spec, store, envs, eval_envs, device=device, stop=stop, heartbeat=heartbeat,
-                    heartbeat_seconds=heartbeat_seconds, checkpoint_seconds=checkpoint_seconds,
+                    spec, store, envs, eval_envs, device=device, compiled=compiled, stop=stop,
+                    heartbeat=heartbeat, heartbeat_seconds=heartbeat_seconds,
+                    checkpoint_seconds=checkpoint_seconds,
                 )  # fmt: skip
         except (Interrupted, KeyboardInterrupt):
             ended("interrupted")
@@ -155,6 +158,7 @@ def run_loop(
     eval_envs: VectorEnv,
     *,
     device: str,
+    compiled: bool,
     stop: Callable[[], bool],
     heartbeat: Heartbeat,
     heartbeat_seconds: float,
@@ -164,10 +168,12 @@ def run_loop(
     p, suite = spec.protocol, spec.make_suite()
     names, clock = suite.spec.task_names, Clock()
     agent = spec.make_agent(device)
+    if compiled:
+        agent.compile()
     meters = Meters(names)
 
     checkpoint = store.resume()
-    environment = machine.environment(device, torch.get_num_threads())
+    environment = machine.environment(device, torch.get_num_threads(), compiled)
     store.record_environment(environment, resumed=checkpoint is not None)
     replay = ReplayBuffer(
         store.replay_path, suite.spec, agent.extras_spec, capacity=replay_capacity(spec),
@@ -391,13 +397,13 @@ class Meters:
         self._updates = state["updates"]
 
 
-def other_numerics(store: RunStore, device: str, allowed: bool) -> list[str]:
+def other_numerics(store: RunStore, device: str, compiled: bool, allowed: bool) -> list[str]:
     """How this process's numerics differ from those the run began under, in words.
 
     Raises StoreError if they do and that is not ``allowed``.
     """
     began = store.description().get("environment", {}).get("numerics", {})
-    changed = machine.changed_numerics(began, device, torch.get_num_threads())
+    changed = machine.changed_numerics(began, device, torch.get_num_threads(), compiled)
     if changed:
         message = f"the run began under other numerics ({'; '.join(changed)})"
         if not allowed:
@@ -421,6 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run directory with a spec.json")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, if that works")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--sim-workers", type=int, default=0, help="processes to simulate in")
     parser.add_argument(
@@ -457,8 +464,12 @@ def main(arguments: list[str] | None = None) -> int:
     stop = _StopRequest(store, options.parent)
     try:
         device = machine.resolve_device(options.device)
+        if options.compile and (problem := machine.compiler_problem(device)):
+            print(f"--compile: {problem}; training without", file=sys.stderr)
+            options.compile = False
         train(
-            store.spec(), store, device=device, workers=options.sim_workers, stop=stop,
+            store.spec(), store, device=device, compiled=options.compile,
+            workers=options.sim_workers, stop=stop,
             checkpoint_seconds=options.checkpoint_seconds,
             allow_other_numerics=options.allow_other_numerics,
             lease_seconds=options.lease_seconds, wait_seconds=options.wait_seconds,

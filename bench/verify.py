@@ -47,13 +47,15 @@ def steps_to_verify(spec: RunSpec) -> int:
 def verify(store: RunStore, steps: int, device: str) -> Verdict:
     """Train the run of ``store`` up to the end of the episode at ``steps`` in a folder of its own.
 
-    Under the recorded number of threads, and no further than the record is safe: of a run that is
-    not done, to its last checkpoint. Raises StoreError if it is damaged or has nothing to compare.
+    Under the recorded number of threads, compiled if it was and that works here, and no further
+    than the record is safe: of a run that is not done, to its last checkpoint. Raises StoreError if
+    it is damaged or has nothing to compare.
     """
     spec = store.spec()
     recorded = store.description().get("environment", {}).get("numerics", {})
     threads = int(recorded.get("threads", 1))
-    changed = machine.changed_numerics(recorded, device, threads)
+    compiled = recorded.get("compiled") == "yes" and not machine.compiler_problem(device)
+    changed = machine.changed_numerics(recorded, device, threads, compiled)
     unit = spec.protocol.episode_steps
     steps = min(-(-steps // unit) * unit, store.recorded)
     old = _rows_until(store, steps)
@@ -64,9 +66,9 @@ def verify(store: RunStore, steps: int, device: str) -> Verdict:
     folder = Path(tempfile.mkdtemp(prefix="bench-verify-"))
     try:
         torch.set_num_threads(threads)
-        again = RunStore.create(folder, spec, machine.environment(device, threads))
+        again = RunStore.create(folder, spec, machine.environment(device, threads, compiled))
         with suppress(Interrupted):
-            train(spec, again, device=device, stop=lambda: next(ends) >= steps)
+            train(spec, again, device=device, compiled=compiled, stop=lambda: next(ends) >= steps)
         new, probes = _rows_until(again, steps), _probes_until(again, steps)
         difference = _difference(old, new, _probes_until(store, steps), probes)
         return Verdict(steps, len(new) - 1, len(probes), difference, changed)
