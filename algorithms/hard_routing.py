@@ -105,7 +105,7 @@ class HardRouting(SAC):
             path = controller.draw(obs.shape[1], self.noise)
         if phase == "policy":
             self.log_likelihood = controller.log_likelihood(path)
-        output: Tensor = self.actor.network(obs[None], path)
+        output: Tensor = self.actor(obs[None], path)
         return output[0], {}
 
     def value(self, critic: nn.Module, obs: Tensor, action: Tensor, phase: Phase) -> Tensor:
@@ -184,6 +184,11 @@ class RoutedActor(nn.Module):
     def __init__(self, network: nn.Module, controller: Controller) -> None:
         super().__init__()
         self.network, self.controller = network, controller
+
+    def forward(self, x: Tensor, path: Tensor) -> Tensor:
+        """The network along a path that the controller gave, see `HardModules`."""
+        output: Tensor = self.network(x, path)
+        return output
 
 
 class HardModules(nn.Module):

@@ -182,13 +182,18 @@ class SAC(Agent):
     def compile(self) -> None:
         """The networks by `torch.compile`, once per shape, on a GPU as CUDA graphs."""
         config = torch._dynamo.config
-        config.suppress_errors = True  # what does not compile runs as it is
+        config.suppress_errors = True  # what cannot be traced or compiled runs as it is
         # Of one forward: numbers of rows (acting, learning, evaluating) x networks x gradients.
         config.cache_size_limit = 64
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         for network in (self.actor, self.critic, self.target_critic):
             network.compile(dynamic=False, mode=mode)
         self.compiled = True
+
+    def _begin_step(self) -> None:
+        """Nothing that networks computed before is read any more: CUDA graphs may overwrite it."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
@@ -246,6 +251,7 @@ class SAC(Agent):
     @torch.no_grad()
     def act(self, obs: np.ndarray, explore: bool) -> Action:
         """A sample of the policy, or tanh of its mean."""
+        self._begin_step()
         tensor = torch.from_numpy(obs).to(self.device)
         params, extras = self.policy(tensor, "explore" if explore else "exploit", {})
         self.steps += explore * obs.shape[1]
@@ -263,8 +269,7 @@ class SAC(Agent):
         """One step on all networks and temperatures; metrics (T,)."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        if self.compiled:  # nothing is read any more that lies in the memory of CUDA graphs
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        self._begin_step()
         self._reset_if_due()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
         target = self.target(batch, alpha)  # (T, B, 1)

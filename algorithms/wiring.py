@@ -351,12 +351,18 @@ class GenotypeNetwork(nn.Module):
             first = first + (
                 vectors if wiring.order is None else vectors.index_select(1, wiring.order)
             )
+        output: Tensor = self.head(self._wired(first, wiring))  # ... to here
+        return output
+
+    # `torch.compile` would make another of these for each update, as wirings differ.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _wired(self, first: Tensor, wiring: Wiring) -> Tensor:
+        """What the head reads, (C, T, B, W)."""
         mixed: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]
             first, wiring.weights, wiring, self._scratch, self.residual, torch.is_grad_enabled(),
             *(p for module in self.stack[: wiring.depth[0]] for p in module.parameters()),
         )  # fmt: skip
-        output: Tensor = self.head(mixed)  # ... to here
-        return output
+        return mixed
 
 
 class _Stack(torch.autograd.Function):
@@ -371,7 +377,6 @@ class _Stack(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # wired anew at each update
     def forward(
         ctx: Any,
         first: Tensor,

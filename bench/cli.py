@@ -881,7 +881,7 @@ def speed(
     training: Annotated[
         int,
         typer.Option(
-            "--train", min=0, help="Also train this many steps per task, to time the loop."
+            "--train", min=0, help="Also train this many steps per task, thrice, to time the loop."
         ),
     ] = 0,
     sim_workers: SimWorkers = 0,
@@ -892,8 +892,9 @@ def speed(
     Algorithms are measured in turns; "ratio" is an update's time to that of the first, "gflop" the
     work of its matrix products, "peak_share" their rate against that of one large product.
 
-    --train runs the real loop for a while: its rate, and the shares of update, simulator, acting
-    and the rest, without evaluations.
+    --train runs the real loop for a while, three times, in turns: the median rate, and the shares
+    of update, simulator, acting and the rest, without evaluations. It is the slower of the two:
+    "steps_per_second" above adds up parts that were measured alone, with all caches theirs.
 
     Example: bench speed --algos mt_sac,mega,d2r --preset cpu,paper --threads 1,all
     """
@@ -931,7 +932,7 @@ def speed(
             for name, scale, count in itertools.product(suites, presets, counts)
             if training
             for row in training_rows(
-                labels, name, scale, chosen, count, training, overrides, sim_workers
+                labels, name, scale, chosen, count, training, overrides, sim_workers, compile_
             )
         ]
     except (RuntimeError, OSError) as error:  # training that diverges, a simulator, a full disk

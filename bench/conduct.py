@@ -118,8 +118,11 @@ def conduct(
         return
     try:
         sweep.writable(out)
-        if how.compile and local and (problem := machine.compiler_problem(here)):
-            print(f"bench: --compile: {problem}; runs train without", file=sys.stderr)
+        if how.compile and local:
+            with spinner(console, "trying torch.compile"):
+                problem = machine.compiler_problem(here)
+            if problem:
+                print(f"bench: --compile: {problem}; runs train without", file=sys.stderr)
         launcher = launch.launcher(
             how.launcher, how.launcher_set, out=out, workers=at_a_time, cores=cores,
             device=how.device, gpus=gpus, runs_per_gpu=how.runs_per_device,

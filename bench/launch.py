@@ -56,6 +56,9 @@ class Order(NamedTuple):
         """
         # Linear algebra libraries read their thread counts before torch is told its own.
         limits = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        # torch.compile's helpers, otherwise one per core of the machine for each run.
+        helpers = "TORCHINDUCTOR_COMPILE_THREADS"
+        limits[helpers] = os.environ.get(helpers, str(max(4, self.threads)))
         if gpu is not None:
             limits["CUDA_VISIBLE_DEVICES"] = gpu
         # -P and the path: the code that runs here, not what the working directory has by its name.

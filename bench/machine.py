@@ -12,7 +12,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,31 @@ def compiler_problem(device: str) -> str:
     """Why `torch.compile` makes nothing that runs on ``device``, in a line, or "" if it does."""
     import torch
 
+    mode = "reduce-overhead" if device.startswith("cuda") else "default"
     try:
-        torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
+        function = torch.compile(lambda x: (x.sin() + x).sum(), mode=mode)
+        x = torch.ones(8, device=device, requires_grad=True)
+        for _ in range(3):  # a CUDA graph is made the second time, and used the third
+            function(x).backward()
     except Exception as error:  # noqa: BLE001  (torch has no one name for all that may be missing)
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ""
+
+
+@contextlib.contextmanager
+def told_of_compiling(callback: Callable[[], None]) -> Iterator[None]:
+    """Call ``callback`` after each piece that `torch.compile` made: a network takes it minutes."""
+    from torch._dynamo.callback import callback_handler
+
+    def compiled(*_: object) -> None:
+        with contextlib.suppress(Exception):  # raised here it would pass for one of the compiler's
+            callback()
+
+    callback_handler.register_end_callback(compiled)
+    try:
+        yield
+    finally:
+        callback_handler.remove_end_callback(compiled)
 
 
 def numerics(device: str, threads: int, compiled: bool = False) -> dict[str, str]:

@@ -110,8 +110,11 @@ class ReplayBuffer:
         age = self._rng.integers(1, len(self) + 1, size=(self.tasks, rows))
         position = (self._added - age) % self._physical
         index = torch.from_numpy(position * self.tasks + np.arange(self.tasks)[:, None])
-        packed = self._flat.index_select(0, index.view(-1)).view(self.tasks, rows, -1)
-        packed = packed.to(self.device, non_blocking=True)
+        # To a GPU from pinned memory, or the copy would wait for what is computed there.
+        pinned = self.device.type == "cuda"
+        packed = torch.empty(self.tasks * rows, self._flat.shape[1], pin_memory=pinned)
+        torch.index_select(self._flat, 0, index.view(-1), out=packed)
+        packed = packed.view(self.tasks, rows, -1).to(self.device, non_blocking=True)
         a, b, c, d, e, f, end = self._fields
         mean = torch.from_numpy((self._reward_sum / len(self)).astype(np.float32))
         return Batch(

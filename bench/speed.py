@@ -188,6 +188,9 @@ LEAST = 3
 ROUNDS = 5
 """Times that everything is measured, in turns, so that a busy moment falls on all alike."""
 
+TRAINING_ROUNDS = 3
+"""Times that real training is measured, in turns."""
+
 PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
 
 PEAK_SHAPE = (1280, 400, 400)
@@ -300,56 +303,91 @@ def training_rows(
     steps: int,
     overrides: Mapping[str, Any] | None = None,
     workers: int = 0,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """What real training of ``steps`` per task brings after the warm-up, one algorithm after the
-    other, on disk for as long as it takes; ``workers``: processes each simulates in.
+    """A `training_row` per algorithm, in turns; ``compiled``: and one by `torch.compile`."""
+    ways = itertools.product(labels, [False, True] if compiled else [False])
+    return in_turns(
+        [
+            partial(
+                training_row, label, suite, preset, device, threads, steps,
+                overrides=dict(overrides or {}), workers=workers, compiled=way,
+            )
+            for label, way in ways
+        ]
+    )  # fmt: skip
 
-    ``steps_per_second``: of all tasks together, outside evaluations and checkpoints; ``update``
-    (sampling included), ``simulator``, ``act`` and ``rest``: their shares of that time.
-    """
-    torch.set_num_threads(threads)
-    return [
-        _training(
-            partial(RunSpec.resolve, label, suite, 0, preset_name=preset), dict(overrides or {}),
-            device, threads, steps, workers,
+
+def in_turns(
+    measurements: Sequence[Callable[[], dict[str, Any]]], rounds: int = TRAINING_ROUNDS
+) -> list[dict[str, Any]]:
+    """Of each measurement of ``steps_per_second``, repeated in turns, the median one, with the
+    rates of the ``slowest`` and the ``fastest``."""
+    rows = []
+    for found in zip(
+        *([measure() for measure in measurements] for _ in range(rounds)), strict=True
+    ):
+        ordered = sorted(found, key=lambda row: row["steps_per_second"])
+        ends = {"slowest": ordered[0], "fastest": ordered[-1]}
+        rows.append(
+            ordered[rounds // 2] | {name: row["steps_per_second"] for name, row in ends.items()}
         )
-        for label in labels
-    ]  # fmt: skip
+    return rows
 
 
-def _training(
-    resolve: Callable[..., RunSpec],
-    overrides: dict[str, Any],
+def training_row(
+    label: str,
+    suite: str,
+    preset: str,
     device: str,
     threads: int,
     steps: int,
-    workers: int,
+    *,
+    overrides: Mapping[str, Any],
+    workers: int = 0,
+    compiled: bool = False,
 ) -> dict[str, Any]:
+    """What real training of ``steps`` per task brings after the warm-up and an episode that
+    learns, on disk for as long as it takes; ``workers``: processes it simulates in.
+
+    ``steps_per_second``: of all tasks together, outside evaluations and checkpoints; ``update``
+    (sampling included), ``simulator``, ``act`` and ``rest``: their shares of that time;
+    ``evaluation_steps_per_second``: of all tasks together in the final evaluation.
+    """
+    torch.set_num_threads(threads)
+    resolve = partial(RunSpec.resolve, label, suite, 0, preset_name=preset)
     p = resolve(overrides=overrides).protocol
     unit = p.episode_steps
     warmup, length = (max(1, -(-count // unit)) * unit for count in (p.warmup_steps, steps))
-    once = {"steps_per_task": warmup + length, "eval_every": warmup + length, "final_episodes": 1}
+    begin, end = warmup + unit, warmup + unit + length
+    once = {"steps_per_task": end, "eval_every": end, "final_episodes": 1}
     kept = {key: value for key, value in overrides.items() if key.rpartition(".")[2] not in once}
     spec = resolve(overrides=kept | once)
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
-        store = RunStore.create(Path(folder), spec, machine.environment(device, threads))
+        facts = machine.environment(device, threads, compiled)
+        store = RunStore.create(Path(folder), spec, facts)
         # Without a pause between checkpoints it records times at each episode's end.
-        train(spec, store, device=device, workers=workers, checkpoint_seconds=0.0)
+        train(
+            spec, store, device=device, compiled=compiled, workers=workers, checkpoint_seconds=0.0
+        )
         rows = pd.read_csv(store.path / "timing.csv")
     cumulative = rows.pivot_table("seconds", "step", "section", aggfunc="max").fillna(0.0)
-    spent = (cumulative.loc[warmup + length] - cumulative.loc[warmup]).to_dict()
+    spent = (cumulative.loc[end] - cumulative.loc[begin]).to_dict()
     whole = spent["total"] - spent["evaluation"] - spent["checkpoint"]
     shares = {part: spent[part] / whole for part in ("update", "simulator", "act")}
+    tasks = spec.make_suite().spec.num_tasks
     return {
         "algorithm": spec.title,
+        "compiled": compiled,
         "suite": spec.suite,
         "preset": spec.preset,
         "threads": threads,
         "sim_workers": workers,
         "steps": length,
-        "steps_per_second": spec.make_suite().spec.num_tasks * length / whole,
+        "steps_per_second": tasks * length / whole,
         **shares,
         "rest": 1 - sum(shares.values()),
+        "evaluation_steps_per_second": tasks * spec.protocol.horizon / spent["evaluation"],
     }
 
 

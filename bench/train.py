@@ -131,6 +131,7 @@ def train(
             with (
                 closing(make(envs_per_task=spec.protocol.envs_per_task)) as envs,
                 closing(make(autoreset=False)) as eval_envs,
+                machine.told_of_compiling(lambda: heartbeat(known["step"], {})),
             ):
                 run_loop(
                     spec, store, envs, eval_envs, device=device, compiled=compiled, stop=stop,
@@ -464,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop = _StopRequest(store, options.parent)
     try:
         device = machine.resolve_device(options.device)
-        if options.compile and (problem := machine.compiler_problem(device)):
+        if options.compile and (problem := cannot_compile(store, device)):
             print(f"--compile: {problem}; training without", file=sys.stderr)
             options.compile = False
         train(
@@ -488,6 +489,14 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         faulthandler.cancel_dump_traceback_later()
     return 0
+
+
+def cannot_compile(store: RunStore, device: str) -> str:
+    """Why a run is better trained without `torch.compile`, in a line; "" if it is not."""
+    began = store.description().get("environment", {}).get("numerics", {})
+    if store.checkpoint_files() and "compiled" not in began:
+        return "the run began without"
+    return machine.compiler_problem(device)
 
 
 def watchdog(seconds: float) -> Callable[[], None]:

@@ -359,6 +359,21 @@ def test_the_compiled_soft_module_is_the_plain_one(
     assert_compiled_is_plain(monkeypatch, net, x, trained)
 
 
+def test_paco_acts_by_the_composed_parameters() -> None:
+    """One row per task mixes the sets' outputs, more compose parameters first: the same."""
+    g = torch.Generator().manual_seed(0)
+    net = drawn(ComposedNetwork(6, [7, 5], 4, 3, copies=2, layer_norm=True))
+    w = torch.randn(2, 4, 3, generator=g).double().requires_grad_()
+    x = torch.randn(1, 4, 1, 6, generator=g).double()
+    found = []
+    for rows in (x, x.expand(-1, -1, 2, -1)):
+        output = net(rows, w)
+        of_w = torch.autograd.grad(output.square().sum() / rows.shape[2], w)[0]
+        found.append([output[:, :, :1], of_w])
+    for alone, composed in zip(*found, strict=True):
+        torch.testing.assert_close(alone, composed)
+
+
 def test_moores_compiled_mixture_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, which stay finite where an expert has no output."""
     g = torch.Generator().manual_seed(0)

@@ -330,7 +330,7 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     done = bench("speed", "--suite", "toy", "--algos", "mt_sac,mega@fixed8", "--preset", "smoke",
                  "--set", "batch_per_task=20", "--set", "updates_per_step=3", "--seconds", "0.5",
                  "--set", "horizon=150", "--set", "eval_every=900", "--set", "steps_per_task=3000",
-                 "--simulators", "--train", "400", "--json")  # fmt: skip
+                 "--simulators", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     first, second = report["rows"]
@@ -352,11 +352,20 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     assert first["gflop"] == pytest.approx(2e-9 * 60 * (critic + actor))
     assert report["simulators"][0]["steps_per_second"] > 0
     assert {row["horizon"] for row in report["simulators"]} == {150}
-    for row in report["training"]:
-        assert sum(row[part] for part in ("update", "simulator", "act", "rest")) == pytest.approx(1)
-        assert all(row[part] > 0 for part in ("update", "simulator", "act", "rest"))
-        assert row["steps_per_second"] > 0
     assert report["hardware"]["cores"] >= 1
+
+
+def test_speed_times_real_training() -> None:
+    done = bench("speed", "--suite", "toy", "--algos", "mt_sac", "--preset", "smoke",
+                 "--seconds", "0", "--set", "horizon=150", "--set", "eval_every=900",
+                 "--set", "steps_per_task=3000", "--train", "400", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["training"]
+    assert row["steps"] == 450  # whole episodes
+    assert sum(row[part] for part in ("update", "simulator", "act", "rest")) == pytest.approx(1)
+    assert all(row[part] > 0 for part in ("update", "simulator", "act", "rest"))
+    assert 0 < row["slowest"] <= row["steps_per_second"] <= row["fastest"]
+    assert row["evaluation_steps_per_second"] > 0
 
 
 def test_speed_finds_what_is_wrong_before_it_measures() -> None:

@@ -37,6 +37,13 @@ def _torch_as_before() -> Iterator[None]:
     torch.compiler.reset()
 
 
+def trained_by_process(store: RunStore, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench.train", str(store.path), "--compile"],
+        env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
 def updated(spec: RunSpec, *, compiled: bool) -> Agent:
     """The agent of ``spec`` after some updates, the same whichever way they were computed."""
     agent = spec.make_agent()
@@ -64,9 +71,11 @@ def test_compiled_updates_are_those_of_the_paper(
     label: str, toy_spec: ToySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs: list[torch.fx.GraphModule] = []
+    known: set[int] = set()
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         graphs.append(graph)
+        known.update(map(id, inputs))
         compiled: Callable[..., Any] = aot_eager(graph, inputs)
         return compiled
 
@@ -75,7 +84,9 @@ def test_compiled_updates_are_those_of_the_paper(
     plain = updated(toy_spec(label), compiled=False)
     assert not graphs
     other = updated(toy_spec(label), compiled=True)
-    assert len(graphs) >= 3  # of the actor, the critics and their targets
+    for network in ("actor", "critic", "target_critic"):
+        parameters = {id(p) for p in getattr(other, network).parameters()}
+        assert parameters & known, f"{network} was not compiled"
     for network in ("actor", "critic", "target_critic"):
         ours = getattr(other, network).state_dict()
         for name, value in getattr(plain, network).state_dict().items():
@@ -96,9 +107,13 @@ def test_a_compiled_run_goes_on_to_the_same_bytes_and_only_compiled(
     train(spec, whole, compiled=True)
     assert whole.description()["environment"]["numerics"]["compiled"] == "yes"
 
-    ends = itertools.count()
+    ends, beats = itertools.count(), itertools.count()
     with pytest.raises(Interrupted):
-        train(spec, parts, compiled=True, checkpoint_seconds=0, stop=lambda: next(ends) >= 5)
+        train(
+            spec, parts, compiled=True, checkpoint_seconds=0, heartbeat_seconds=1e9,
+            stop=lambda: next(ends) >= 5, alive=lambda: next(beats),
+        )  # fmt: skip
+    assert next(beats) > 5  # of start, end, and the pieces that were compiled
     with pytest.raises(StoreError, match=r"other numerics \(compiled yes -> no\)"):
         train(spec, parts)
     torch.compiler.reset()
@@ -114,13 +129,30 @@ def test_without_a_compiler_it_trains_as_it_would_anyway(
     measured: Callable[[RunStore], dict[str, bytes]],
 ) -> None:
     store = open_store(tmp_path, toy_spec("mt_sac"))
-    nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.train", str(store.path), "--compile"],
-        env=os.environ | nothing, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = trained_by_process(
+        store, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
     assert done.returncode == 0, done.stderr
     assert "--compile: " in done.stderr
     assert "; training without" in done.stderr
     assert "compiled" not in store.description()["environment"]["numerics"]
+    assert measured(store) == measured(finished("mt_sac"))
+
+
+def test_a_run_that_began_plain_goes_on_plain(
+    toy_spec: ToySpec,
+    open_store: Open,
+    tmp_path: Path,
+    finished: Callable[[str], RunStore],
+    measured: Callable[[RunStore], dict[str, bytes]],
+) -> None:
+    """Asked to compile in its middle, where that could change its last bits."""
+    spec = toy_spec("mt_sac")
+    store = open_store(tmp_path, spec)
+    ends = itertools.count()
+    with pytest.raises(Interrupted):
+        train(spec, store, checkpoint_seconds=0, stop=lambda: next(ends) >= 5)
+    done = trained_by_process(store)
+    assert done.returncode == 0, done.stderr
+    assert "--compile: the run began without; training without" in done.stderr
     assert measured(store) == measured(finished("mt_sac"))

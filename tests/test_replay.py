@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.replay import ReplayBuffer
+from bench.spec import RunSpec
+from bench.train import replay_capacity, replay_slack
 from suites.base import Step, SuiteSpec
 
 O, A = 5, 2  # noqa: E741
@@ -210,6 +212,16 @@ def test_file_is_as_large_as_announced_and_claimed_at_once(tmp_path: Path) -> No
     status = (tmp_path / "state" / "replay.bin").stat()
     assert status.st_size == ReplayBuffer.bytes_needed(suite(3), EXTRAS, 600)
     assert status.st_blocks * 512 >= status.st_size  # a full disk is an error now, not later
+
+
+def test_ten_million_transitions_fit_into_four_gigabytes() -> None:
+    spec = RunSpec.resolve("d2r", "mt50_rand", 0, preset_name="paper")
+    mt50 = spec.make_suite().spec
+    rows = replay_capacity(spec) + replay_slack(spec)
+    assert mt50.num_tasks * replay_capacity(spec) == 10_000_000
+    routes = {"route": ((17,), "uint8")}  # 16 modules: 136 connections, a bit each
+    assert 3.4e9 < ReplayBuffer.bytes_needed(mt50, {}, rows) < 4e9
+    assert ReplayBuffer.bytes_needed(mt50, routes, rows) < 4e9
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -201,6 +201,35 @@ def test_every_task_steps_as_metaworld_does(part: int) -> None:
     env.close()
 
 
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(5))])
+def test_not_a_bit_of_a_step_differs(part: int, request: pytest.FixtureRequest) -> None:
+    """Observations and rewards as the simulator computes them, before they become float32."""
+    fast = "slow" not in request.keywords
+    tasks = ("pick-place-v3", "door-open-v3") if fast else tuple(ALL_V3_ENVIRONMENTS)[part::5]
+    for task in tasks:
+        suite = suites.load(f"mt1_rand:{task}")
+        plain = bare(task, 1)
+        swift = _Sawyer(task, 1, reward_version="v2", positions=None, position_seed=None)
+        obs, expected = swift.reset(), plain.reset()[0]
+        for t, action in enumerate(np.random.default_rng(1).uniform(-1.2, 1.2, (150, 4))):
+            np.testing.assert_array_equal(obs, expected)
+            if t >= 50:
+                action = suite.expert(obs[None, None].astype(np.float32))[0, 0]
+            obs, reward, _ = swift.step(action)
+            expected, expected_reward, *_ = plain.step(action)
+            assert obs.dtype == expected.dtype == np.float64
+            assert reward == expected_reward, task
+
+
+@pytest.mark.slow
+def test_metaworlds_own_environments_can_be_timed_beside() -> None:
+    for make in suites.load("mt10_rand").peers().values():
+        with make(5) as step:
+            for _ in range(7):  # across the end of an episode
+                obs, reward, *_ = step()
+        assert (obs.shape[0], reward.shape) == (10, (10,))
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1e-6))
 def test_orientations_are_scipys_bit_for_bit(seed: int, noise: float) -> None:
     """Of rotations by any angle, of quarter turns, and of what is not quite a rotation."""

@@ -30,9 +30,11 @@ from bench import machine
 from bench.spec import RunSpec
 from bench.speed import (
     example_batch,
+    in_turns,
     median_seconds,
     simulator_rows,
     speed_rows,
+    training_row,
     training_rows,
     work,
 )
@@ -46,7 +48,7 @@ EVERY = tuple(
     dict.fromkeys(["mt_sac", *names(), "soft_module@shallow", "care@original", "mega@critic_mlp"])
 )
 """MT-SAC first: ratios are to it."""
-TRAINED = ("mega", "d2r", "mtmh_sac", "soft_module")
+TRAINED = ("mega", "d2r", "mtmh_sac", "mt_sac", "soft_module")
 TASKS = (1, 10, 25, 50, 200)
 BATCHES = (8, 16, 32, 64, 128, 256)
 HIGH = (0, 1, 3, 5, 10)
@@ -103,16 +105,15 @@ def mixed() -> Rows:
 
 def training() -> Rows:
     """What a run's loop makes of it, on one thread."""
-    return training_rows(TRAINED, "mt10_rand", "cpu", "cpu", 1, 2_000)
+    return training_rows(TRAINED, "mt10_rand", "cpu", "cpu", 1, 1_000)
 
 
 def delay() -> Rows:
     """The same of MEGA with the simulator in a process of its own, waited for or not."""
-    return [
-        row | change
-        for workers, change in ((0, {"act_delay": 0}), (1, {"act_delay": 0}), (1, {"act_delay": 1}))
-        for row in training_rows(["mega"], "mt10_rand", "cpu", "cpu", 1, 2_000, change, workers)
-    ]
+    ways = ((0, {"act_delay": 0}), (1, {"act_delay": 0}), (1, {"act_delay": 1}))
+    mega = partial(training_row, "mega", "mt10_rand", "cpu", "cpu", 1, 1_000)
+    measured = in_turns([partial(mega, overrides=change, workers=n) for n, change in ways])
+    return [row | change for row, (_, change) in zip(measured, ways, strict=True)]
 
 
 ALL = os.cpu_count() or 1
