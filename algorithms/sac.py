@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from algorithms.agent import Action, Agent, AgentConfig, Batch, Finding, History, Plan
 from algorithms.nn import Init, initialise, split_gaussian, squash
 from algorithms.pcgrad import projected
+from algorithms.precision import bfloat16_products
 from suites.base import SuiteSpec, stream
 
 Phase = Literal["explore", "exploit", "policy", "value", "target"]
@@ -91,6 +92,9 @@ class SACConfig(AgentConfig):
     pcgrad: bool = False
     """Project each task's gradient off those it conflicts with (Yu et al. 2020, PCGrad), in actor
     and critics. For plain networks, whose every layer all tasks or one task own."""
+
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Number format of an update's matrix products; not in the papers, whose code has float32."""
 
     PLAIN: ClassVar[bool] = False
     """Whether the algorithm's networks are plain in that sense."""
@@ -272,9 +276,10 @@ class SAC(Agent):
         self._begin_step()
         self._reset_if_due()
         alpha = self.log_alpha.detach().exp()  # (T, 1, 1)
-        target = self.target(batch, alpha)  # (T, B, 1)
+        with self.products():
+            target = self.target(batch, alpha)  # (T, B, 1)
 
-        with self.gradients() as critic_parameters:
+        with self.products(), self.gradients() as critic_parameters:
             q = self.value(self.critic, batch.obs, batch.action, "value")  # (2, T, B, 1)
             critic_loss = (q - target).square().mean((2, 3)).sum(0)  # (T,)
 
@@ -310,6 +315,11 @@ class SAC(Agent):
             "q": q.detach().mean((0, 2, 3)),
             "masked": (kept == 0).to(kept.dtype),
         }
+
+    def products(self) -> AbstractContextManager[None]:
+        """In which number format matrix products are computed within."""
+        half = self.config.products == "bfloat16"
+        return bfloat16_products(self.device) if half else nullcontext()
 
     @torch.no_grad()
     def target(self, batch: Batch, alpha: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("bench", "algorithms", "suites", "reports")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SHARED = {
-    "agent", "nn", "routing", "routing_cpu", "kernels", "sac", "pcgrad", "genetic", "wiring",
-    "mega_health",
+    "agent", "nn", "routing", "routing_cpu", "kernels", "sac", "pcgrad", "precision", "genetic",
+    "wiring", "mega_health",
 }  # fmt: skip
 """Modules of `algorithms` that the papers' files may import."""
 

@@ -1,6 +1,7 @@
 """The score by which variants of one algorithm are compared: success over a whole training.
 
     python results/studies/score.py results/studies/mega_readings
+    python results/studies/score.py results/studies/reference 0.2      of the last fifth of training
 
 A run's score is the success rate of its training episodes from first to last, averaged over tasks:
 more episodes than a final evaluation has, and it counts learning early. For each label: its score
@@ -22,11 +23,13 @@ from bench import frames
 from reports.stats import mean_interval
 
 
-def scores(out: Path) -> pd.DataFrame:
-    """A row per finished run: label, seed, score, final."""
+def scores(out: Path, last: float = 1.0) -> pd.DataFrame:
+    """A row per finished run: label, seed, score over the ``last`` share of training, final."""
     found = frames.load(out)
-    runs = found["runs"].query("state == 'done'")[["run", "algorithm", "seed"]]
+    runs = found["runs"].query("state == 'done'")[["run", "algorithm", "seed", "steps_per_task"]]
     success = found["metrics"].query("metric == 'success'")
+    first = (1 - last) * success["run"].map(runs.set_index("run")["steps_per_task"])
+    success = success[success["step"] > first]
 
     def mean(kind: str) -> pd.Series:
         rows = success[success["kind"] == kind]
@@ -71,4 +74,4 @@ def _plain(label: str, labels: pd.Index) -> str:
 
 
 if __name__ == "__main__":
-    print(table(scores(Path(sys.argv[1]))))
+    print(table(scores(Path(sys.argv[1]), *map(float, sys.argv[2:]))))

@@ -51,8 +51,10 @@ class Chosen(MEGA):
         return torch.tanh(mean + std * self.normal(mean.shape)).numpy()
 
 
+LABELS = ("mega", "mega@tuned", "mega@softmax", "mega@fixed16")
+"""What breeds from a champion."""
 PLACES = ("champion", "child 1", "child 2")
-COLUMNS = ["seed", "task", "genotype", "actions", "successes", "episodes", "return"]
+COLUMNS = ["algorithm", "seed", "task", "genotype", "actions", "successes", "episodes", "return"]
 
 
 def measured(store: RunStore) -> pd.DataFrame:
@@ -71,26 +73,34 @@ def measured(store: RunStore) -> pd.DataFrame:
             for i, task in enumerate(suite.spec.task_names):
                 successes, return_ = outcome.success[i].sum(), outcome.return_[i].mean()
                 values = (int(successes), EPISODES, round(float(return_), 1))
-                rows.append((spec.seed, task, PLACES[place], actions, *values))
+                rows.append((spec.label, spec.seed, task, PLACES[place], actions, *values))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def main() -> None:
-    """Measure runs of plain MEGA that are not in the table yet, and print it."""
+    """Measure runs that are not in the table yet, and print it."""
     torch.set_num_threads(1)
     path = HERE / "champion.csv"
     tables = [pd.read_csv(path)] if path.exists() else []
-    known = {seed for table in tables for seed in table["seed"]}
+    known = {pair for table in tables for pair in table.groupby(["algorithm", "seed"]).groups}
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
-    for store in find(out, "mt10_rand/mega/"):
-        if store.done and store.checkpoint_files() and store.spec().seed not in known:
-            tables.append(measured(store))
-            pd.concat(tables).to_csv(path, index=False)
+    for label in LABELS:
+        for store in find(out, f"mt10_rand/{label}/"):
+            new = store.done and (label, store.spec().seed) not in known
+            if new and store.checkpoint_files():
+                tables.append(measured(store))
+                pd.concat(tables).to_csv(path, index=False)
     table = pd.concat(tables)
     rate = table.assign(success=table["successes"] / table["episodes"])
-    by_seed = rate.pivot_table("success", "seed", ["genotype", "actions"])
+    by_seed = rate.pivot_table("success", ["algorithm", "seed"], ["genotype", "actions"])
     print(by_seed.round(2).to_string())
-    print(by_seed.mean().round(3).to_string())
+    print(by_seed.groupby("algorithm").mean().round(3).to_string())
+    means = table[table["actions"] == "mean"]
+    rank = means.pivot_table("return", ["algorithm", "seed", "task"], "genotype").rank(axis=1)
+    champion = rank["champion"]
+    places = pd.DataFrame({"lowest return": champion == 1, "highest": champion == 3})
+    print("Of seeds and tasks, the champion has the")
+    print(places.groupby("algorithm").agg(["sum", "size"]).to_string())
 
 
 if __name__ == "__main__":
