@@ -520,7 +520,7 @@ def test_other_numerics_are_refused_unless_allowed(
 ) -> None:
     here = machine.numerics
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "numerics", lambda device, _: here(device, 4))
+        patch.setattr(machine, "numerics", lambda device, *_: here(device, 4))
         with pytest.raises(Interrupted):
             train(store.spec(), store, checkpoint_seconds=0, stop=lambda: True)
     recorded = (store.path / "metrics.csv").read_bytes()
@@ -543,7 +543,7 @@ def test_a_run_tells_what_trained_it_not_what_prepared_it(
     prepared = store.description()["environment"]["command"]
     here, commits = machine.environment, iter(("a" * 40, "b" * 40, "b" * 40, "c" * 40))
 
-    def environment(device: str, threads: int) -> dict[str, Any]:
+    def environment(device: str, threads: int, _: bool) -> dict[str, Any]:
         facts = here(device, threads)
         return facts | {"git_commit": next(commits), "command": "python -m bench.train"}
 
