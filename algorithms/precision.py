@@ -6,7 +6,7 @@ parameters and Adam's moments above all, stays float32. No paper does so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HALF = torch.bfloat16
 aten = torch.ops.aten
-PRODUCTS: dict[Any, Callable[..., Tensor]] = {
-    aten.mm.default: lambda a, b: torch.mm(a.to(HALF), b.to(HALF)),
-    aten.bmm.default: lambda a, b: torch.bmm(a.to(HALF), b.to(HALF)),
-    aten.addmm.default: lambda bias, a, b: torch.mm(a.to(HALF), b.to(HALF)).float().add_(bias),
-    aten.baddbmm.default: lambda bias, a, b: torch.bmm(a.to(HALF), b.to(HALF)).float().add_(bias),
+PRODUCTS = {
+    overload: product
+    for product, named in ((torch.mm, (aten.mm, aten.addmm)), (torch.bmm, (aten.bmm, aten.baddbmm)))
+    for name in named
+    for overload in (name.default, name.out)
 }
-PRODUCTS |= {
-    getattr(aten, name).out: PRODUCTS[getattr(aten, name).default]
-    for name in ("mm", "bmm", "addmm", "baddbmm")
-}
+"""What is replaced, and the product in it; some add it to a first argument."""
 
 
 @contextmanager
@@ -58,6 +55,9 @@ class _Halved(TorchDispatchMode):  # type: ignore[no-untyped-call]
         scaled = kwargs.keys() - {"out"}  # factors alpha and beta: nobody's
         if product is None or scaled or args[-1].dtype != torch.float32:
             return func(*args, **kwargs)
-        result = product(*args)
+        *bias, a, b = args
+        result = product(a.to(HALF), b.to(HALF))
+        if bias:
+            result = result.float().add_(*bias)
         out: Tensor | None = kwargs.get("out")
         return result.float() if out is None else out.copy_(result)

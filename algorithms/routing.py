@@ -131,6 +131,9 @@ class RoutedNetwork(nn.Module):
     module. The reduced recipe needs it to keep Q values bounded, which the router does not touch.
     """
 
+    UNTRACED = ("_noise",)
+    """What `torch.compile` leaves alone: generators cannot be traced."""
+
     def __init__(
         self,
         inputs: int,
@@ -216,7 +219,6 @@ class RoutedNetwork(nn.Module):
         shape = (*sources.shape[:3], tasks, rows)
         return output, Route(sources.reshape(shape), weights.detach().reshape(shape))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a generator cannot be traced
     def _noise(
         self, x: Tensor, route: Choice | Tensor, generator: torch.Generator | None
     ) -> Tensor | None:

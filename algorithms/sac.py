@@ -191,6 +191,9 @@ class SAC(Agent):
         config.cache_size_limit = 64
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         for network in (self.actor, self.critic, self.target_critic):
+            for method in getattr(network, "UNTRACED", ()):
+                untraced: Any = torch.compiler.disable(getattr(network, method))  # type: ignore[no-untyped-call]
+                setattr(network, method, untraced)
             network.compile(dynamic=False, mode=mode)
         self.compiled = True
 

@@ -300,6 +300,9 @@ class GenotypeNetwork(nn.Module):
     time of a task is that of its own modules. Modules are evaluated by `_Stack`.
     """
 
+    UNTRACED = ("_wired",)
+    """What `torch.compile` leaves alone: wirings differ, and each would be compiled anew."""
+
     def __init__(
         self,
         inputs: int,
@@ -354,8 +357,6 @@ class GenotypeNetwork(nn.Module):
         output: Tensor = self.head(self._wired(first, wiring))  # ... to here
         return output
 
-    # `torch.compile` would make another of these for each update, as wirings differ.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _wired(self, first: Tensor, wiring: Wiring) -> Tensor:
         """What the head reads, (C, T, B, W)."""
         mixed: Tensor = _Stack.apply(  # type: ignore[no-untyped-call]

@@ -146,6 +146,12 @@ class RunStore:
             self._still_mine()
             write_atomically(self.path / "spec.json", _json(content | {"environment": now}))
 
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What `bench.machine.numerics` was where the run began; empty before it did."""
+        found: dict[str, str] = self.description().get("environment", {}).get("numerics", {})
+        return found
+
     def description(self) -> dict[str, Any]:
         """The content of spec.json. Raises StoreError if it is missing or damaged."""
         try:

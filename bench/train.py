@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -131,7 +131,9 @@ def train(
             with (
                 closing(make(envs_per_task=spec.protocol.envs_per_task)) as envs,
                 closing(make(autoreset=False)) as eval_envs,
-                machine.told_of_compiling(lambda: heartbeat(known["step"], {})),
+                machine.told_of_compiling(lambda: heartbeat(known["step"], {}))
+                if compiled
+                else nullcontext(),
             ):
                 run_loop(
                     spec, store, envs, eval_envs, device=device, compiled=compiled, stop=stop,
@@ -403,8 +405,7 @@ def other_numerics(store: RunStore, device: str, compiled: bool, allowed: bool) 
 
     Raises StoreError if they do and that is not ``allowed``.
     """
-    began = store.description().get("environment", {}).get("numerics", {})
-    changed = machine.changed_numerics(began, device, torch.get_num_threads(), compiled)
+    changed = machine.changed_numerics(store.numerics, device, torch.get_num_threads(), compiled)
     if changed:
         message = f"the run began under other numerics ({'; '.join(changed)})"
         if not allowed:
@@ -493,8 +494,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def cannot_compile(store: RunStore, device: str) -> str:
     """Why a run is better trained without `torch.compile`, in a line; "" if it is not."""
-    began = store.description().get("environment", {}).get("numerics", {})
-    if store.checkpoint_files() and "compiled" not in began:
+    if store.checkpoint_files() and "compiled" not in store.numerics:
         return "the run began without"
     return machine.compiler_problem(device)
 

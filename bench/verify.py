@@ -52,7 +52,7 @@ def verify(store: RunStore, steps: int, device: str) -> Verdict:
     it is damaged or has nothing to compare.
     """
     spec = store.spec()
-    recorded = store.description().get("environment", {}).get("numerics", {})
+    recorded = store.numerics
     threads = int(recorded.get("threads", 1))
     compiled = recorded.get("compiled") == "yes" and not machine.compiler_problem(device)
     changed = machine.changed_numerics(recorded, device, threads, compiled)

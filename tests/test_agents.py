@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from begun import begun
 
 import algorithms
 import suites
@@ -71,15 +72,6 @@ def test_a_setting_without_effect_is_refused(
 @pytest.mark.parametrize("label", ["sac", "mt_sac", "mt_sac@ars"])
 def test_what_is_off_may_be_said_to_be_off(label: str, toy_spec: ToySpec) -> None:
     toy_spec(label, extreme_loss=None, loss_weight="none", reward_balance=None)
-
-
-def make_agent(spec: RunSpec, seed: int = 0) -> Agent:
-    """The specification's agent, with an episode begun in each environment."""
-    suite = spec.make_suite()
-    agent = spec.agent(suite.spec, spec.agent_config, spec.protocol.plan, seed=seed)
-    for task in range(suite.spec.num_tasks):
-        agent.on_episode_start(task, 0)
-    return agent
 
 
 def observations(rows: int, seed: int = 0) -> np.ndarray:
@@ -197,7 +189,7 @@ def test_evaluating_more_seldom_changes_nothing_else(
 
 
 def test_another_seed_gives_another_run(algorithm: str, toy_spec: ToySpec) -> None:
-    first, second = (make_agent(toy_spec(algorithm), seed=seed) for seed in (0, 1))
+    first, second = (begun(toy_spec(algorithm), seed=seed) for seed in (0, 1))
     obs = observations(1)
     assert not np.array_equal(first.act(obs, True).action, second.act(obs, True).action)
     assert not np.array_equal(first.act(obs, False).action, second.act(obs, False).action)
@@ -225,14 +217,14 @@ def test_the_run_has_what_reports_need(undisturbed: RunStore) -> None:
 def test_saved_and_loaded_it_continues_as_if_never_stopped(
     algorithm: str, toy_spec: ToySpec
 ) -> None:
-    agent = make_agent(toy_spec(algorithm))
+    agent = begun(toy_spec(algorithm))
     batches = [make_batch(agent, 8, seed) for seed in range(6)]
     for batch in batches[:3]:
         agent.update(batch)
     buffer = io.BytesIO()
     torch.save(agent.state_dict(), buffer)
     buffer.seek(0)
-    other = make_agent(toy_spec(algorithm), seed=77)  # all that differs must come from the state
+    other = begun(toy_spec(algorithm), seed=77)  # all that differs must come from the state
     other.load_state_dict(torch.load(buffer, weights_only=True))
     same(other.state_dict(), agent.state_dict())
     for number, batch in enumerate(batches[3:]):
@@ -248,7 +240,7 @@ def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spe
     """Two resets over 250 steps: due from steps 84 and 167 on."""
     spec = toy_spec(algorithm, resets=2, critic_layer_norm=True)
     assert spec.protocol.steps_per_task == 250
-    agent = make_agent(spec)
+    agent = begun(spec)
     batches = [make_batch(agent, 8, seed) for seed in range(4)]
     agent.steps = 83
     agent.update(batches[0])
@@ -269,7 +261,7 @@ def test_resets_start_networks_anew_and_continue_exactly(algorithm: str, toy_spe
     steps = {int(s["step"]) for s in agent.actor_optimizer.state_dict()["state"].values()}
     assert steps == {1}
 
-    other = make_agent(spec, seed=77)
+    other = begun(spec, seed=77)
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     for each in (agent, other):
         each.update(batches[2])
@@ -303,7 +295,7 @@ def test_updates_that_follow_a_reset_are_made_before_the_new_actor_acts(
 
 
 def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> None:
-    agent = make_agent(toy_spec(algorithm))
+    agent = begun(toy_spec(algorithm))
     before = copy.deepcopy(agent.state_dict())
     obs = observations(1)
     first = agent.act(obs, explore=False)
@@ -318,7 +310,7 @@ def test_acting_greedily_leaves_no_trace(algorithm: str, toy_spec: ToySpec) -> N
 
 def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec) -> None:
     """Every parameter of actor and critic moves, unless the algorithm's paper freezes it."""
-    agent = make_agent(toy_spec(algorithm))
+    agent = begun(toy_spec(algorithm))
     before = {n: copy.deepcopy(getattr(agent, n).state_dict()) for n in ("actor", "critic")}
     for seed in range(4):
         agent.update(make_batch(agent, 8, seed))
@@ -345,7 +337,7 @@ def test_learns_a_bandit_per_task(algorithm: str, toy_spec: ToySpec) -> None:
         "init": "torch", "actor_lr": 1e-2, "critic_lr": 1e-2, "alpha_lr": 1e-2,
         "target_entropy": -8.0, "width": 32, "module_width": 16, "router_width": 16,
     }  # fmt: skip
-    agent = make_agent(toy_spec(algorithm, **fields(algorithm, LEARN | settings)))
+    agent = begun(toy_spec(algorithm, **fields(algorithm, LEARN | settings)))
     batch = make_batch(agent, 32)._replace(terminated=torch.ones(3, 32, 1))
     greedy = [agent.act(batch.obs[:, n : n + 1].numpy(), False).action for n in range(8)]
     untrained = reward(torch.from_numpy(np.concatenate(greedy, 1))).mean((1, 2))
@@ -370,7 +362,7 @@ def test_learns_the_toy_suite(
         final_episodes=30, replay_per_task=3000, **fields(algorithm, LEARN),
     )  # fmt: skip
     suite = spec.make_suite()
-    untrained = make_agent(spec)
+    untrained = begun(spec)
     envs = suite.make(seed=0, autoreset=False)
     before = evaluate(lambda o: untrained.act(o, False).action, envs, 30, spec.protocol.eval_seed)
     store = open_store(tmp_path, spec)
@@ -445,7 +437,7 @@ def test_the_readmes_table_of_algorithms_is_true() -> None:
 def test_parameter_counts_are_the_published_ones(label: str, tasks: int) -> None:
     overrides = {"start_stage": 3} if label == "mega" else {}
     spec = RunSpec.resolve(label, f"mt{tasks}_rand", 0, preset_name="paper", overrides=overrides)
-    agent = make_agent(spec)
+    agent = begun(spec)
     counts = agent.parameter_counts()
     assert (counts["actor"], counts["critic"]) == PUBLISHED[label, tasks]
     assert suites.load(f"mt{tasks}_rand").spec.num_tasks == tasks

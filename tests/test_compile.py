@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from begun import begun
 from torch._dynamo.backends.debugging import aot_eager
 
 import algorithms
@@ -37,22 +38,32 @@ def _torch_as_before() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def trained_by_process(store: RunStore, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench.train", str(store.path), "--compile"],
-        env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def trained_plainly(
+    finished: Callable[[str], RunStore], measured: Callable[[RunStore], dict[str, bytes]]
+) -> Callable[..., str]:
+    """Trains a run in a process that is asked to compile, which must come to what a plain one
+    comes to, to the byte; gives what it said."""
+
+    def train_and_compare(store: RunStore, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.train", str(store.path), "--compile"],
+            env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert measured(store) == measured(finished("mt_sac"))
+        return done.stderr
+
+    return train_and_compare
 
 
 def updated(spec: RunSpec, *, compiled: bool) -> Agent:
     """The agent of ``spec`` after some updates, the same whichever way they were computed."""
-    agent = spec.make_agent()
+    agent = begun(spec)
+    suite = agent.suite
     if compiled:
         agent.compile()
         torch._dynamo.config.suppress_errors = False
-    suite = agent.suite
-    for task in range(suite.num_tasks):
-        agent.on_episode_start(task, 0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         obs = torch.rand(suite.num_tasks, 1, suite.obs_dim).numpy()
@@ -107,6 +118,7 @@ def test_a_compiled_run_goes_on_to_the_same_bytes_and_only_compiled(
     train(spec, whole, compiled=True)
     assert whole.description()["environment"]["numerics"]["compiled"] == "yes"
 
+    torch.compiler.reset()
     ends, beats = itertools.count(), itertools.count()
     with pytest.raises(Interrupted):
         train(
@@ -122,29 +134,19 @@ def test_a_compiled_run_goes_on_to_the_same_bytes_and_only_compiled(
 
 
 def test_without_a_compiler_it_trains_as_it_would_anyway(
-    toy_spec: ToySpec,
-    open_store: Open,
-    tmp_path: Path,
-    finished: Callable[[str], RunStore],
-    measured: Callable[[RunStore], dict[str, bytes]],
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, trained_plainly: Callable[..., str]
 ) -> None:
     store = open_store(tmp_path, toy_spec("mt_sac"))
-    done = trained_by_process(
+    said = trained_plainly(
         store, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
     )
-    assert done.returncode == 0, done.stderr
-    assert "--compile: " in done.stderr
-    assert "; training without" in done.stderr
+    assert "--compile: " in said
+    assert "; training without" in said
     assert "compiled" not in store.description()["environment"]["numerics"]
-    assert measured(store) == measured(finished("mt_sac"))
 
 
 def test_a_run_that_began_plain_goes_on_plain(
-    toy_spec: ToySpec,
-    open_store: Open,
-    tmp_path: Path,
-    finished: Callable[[str], RunStore],
-    measured: Callable[[RunStore], dict[str, bytes]],
+    toy_spec: ToySpec, open_store: Open, tmp_path: Path, trained_plainly: Callable[..., str]
 ) -> None:
     """Asked to compile in its middle, where that could change its last bits."""
     spec = toy_spec("mt_sac")
@@ -152,7 +154,4 @@ def test_a_run_that_began_plain_goes_on_plain(
     ends = itertools.count()
     with pytest.raises(Interrupted):
         train(spec, store, checkpoint_seconds=0, stop=lambda: next(ends) >= 5)
-    done = trained_by_process(store)
-    assert done.returncode == 0, done.stderr
-    assert "--compile: the run began without; training without" in done.stderr
-    assert measured(store) == measured(finished("mt_sac"))
+    assert "--compile: the run began without; training without" in trained_plainly(store)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from begun import begun
 
 import algorithms
-from algorithms.agent import Agent
 from algorithms.mega import MEGA
 from bench.replay import ReplayBuffer
 from bench.spec import RunSpec
@@ -56,17 +56,9 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> str:
     return "meta"
 
 
-def make(spec: RunSpec, device: str) -> Agent:
-    suite = spec.make_suite().spec
-    agent = spec.agent(suite, spec.agent_config, spec.protocol.plan, seed=0, device=device)
-    for task in range(suite.num_tasks):
-        agent.on_episode_start(task, 0)
-    return agent
-
-
 def filled(spec: RunSpec, path: Path, device: str) -> ReplayBuffer:
     """A replay buffer for ``device`` with what the algorithm acts and stores."""
-    acting = make(spec, "cpu")
+    acting = begun(spec)
     suite = acting.suite
     replay = ReplayBuffer(
         path, suite, acting.extras_spec, capacity=16, slack=4, seed=0, device=torch.device(device)
@@ -86,7 +78,7 @@ def test_an_update_stays_on_the_device(
     label: str, toy_spec: ToySpec, tmp_path: Path, meta: str
 ) -> None:
     spec = toy_spec(label)
-    agent, replay = make(spec, meta), filled(spec, tmp_path / "replay", meta)
+    agent, replay = begun(spec, device=meta), filled(spec, tmp_path / "replay", meta)
 
     batch = replay.sample(spec.protocol.batch_per_task)
     if label in READS_BACK:
@@ -101,7 +93,7 @@ def test_an_update_stays_on_the_device(
 
 def test_growth_stays_on_the_device(toy_spec: ToySpec, tmp_path: Path, meta: str) -> None:
     spec = toy_spec("mega", **{"mega.replace": "at_once"})
-    agent, replay = make(spec, meta), filled(spec, tmp_path / "replay", meta)
+    agent, replay = begun(spec, device=meta), filled(spec, tmp_path / "replay", meta)
     assert isinstance(agent, MEGA)
     before = len(agent.actor.stack)
     agent.lengthen(0, 0)

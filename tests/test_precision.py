@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from begun import begun
 from torch import Tensor
 
 from algorithms.precision import bfloat16_products
@@ -64,9 +65,7 @@ def test_an_update_differs_by_rounding(algorithm: str, toy_spec: ToySpec) -> Non
     """Losses to a few percent, parameters by less than a step; they stay float32."""
     found = []
     for products in ("float32", "bfloat16"):
-        agent = toy_spec(algorithm, products=products).make_agent()
-        for task in range(agent.suite.num_tasks):
-            agent.on_episode_start(task, 0)
+        agent = begun(toy_spec(algorithm, products=products))
         obs = torch.zeros(agent.suite.num_tasks, 1, agent.suite.obs_dim).numpy()
         batch = example_batch(agent, 32, agent.act(obs, explore=True).extras)
         metrics = agent.update(batch)
