@@ -141,18 +141,28 @@ PARTS: dict[str, Callable[[], Rows]] = {
 }
 
 
-def measure(parts: Sequence[str]) -> None:
-    """Parts into ``measured.json``, one after the other, each with where it was measured."""
-    to = HERE / "measured.json"
-    found: dict[str, Any] = json.loads(to.read_text()) if to.exists() else {}
-    where = {
+def where() -> dict[str, Any]:
+    """What is kept of this machine beside what was measured on it."""
+    return {
         "hardware": machine.hardware("cpu"), "versions": machine.versions(),
         "commit": machine.git_commit(),
     }  # fmt: skip
+
+
+def record(part: str, here: dict[str, Any], measured: Rows) -> None:
+    """Put a part into ``measured.json``."""
+    to = HERE / "measured.json"
+    found: dict[str, Any] = json.loads(to.read_text()) if to.exists() else {}
+    found[part] = here | {"rows": measured}
+    to.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(parts: Sequence[str]) -> None:
+    """Parts, one after the other, each into ``measured.json`` when it is done."""
+    here = where()  # before the file changes, which is a change of the commit
     for name in parts:
         print(name, flush=True)
-        found[name] = where | {"rows": PARTS[name]()}
-        to.write_text(json.dumps(found, indent=1) + "\n")
+        record(name, here, PARTS[name]())
 
 
 def rows(found: Found, part: str) -> Rows:
@@ -221,6 +231,29 @@ def of_training(found: Found) -> Rows:
     ]
 
 
+def of_peers(found: Found) -> Rows:
+    """Public implementations, in turns with ours."""
+    shown: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows(found, "peers"):
+        for suffix, words in {"": "", "act_": ", acting on ten observations"}.items():
+            if f"theirs_{suffix}ms" not in row:
+                continue
+            theirs, ours = row[f"theirs_{suffix}ms"], row[f"ours_{suffix}ms"]
+            places = 0 if theirs > 20 else 2
+            cells = shown.setdefault(
+                (row["peer"], row["what"] + words),
+                {
+                    "implementation": row["peer"],
+                    "what": row["what"] + words,
+                    "million parameters, theirs / ours": f"{row['their_parameters'] / 1e6:.2f}"
+                    f" / {row['our_parameters'] / 1e6:.2f}",
+                },
+            )
+            cells[f"ms, {threads(row)}, theirs / ours"] = f"{theirs:.{places}f} / {ours:.{places}f}"
+            cells[f"times as fast, {threads(row)}"] = f"{theirs / ours:.1f}"
+    return list(shown.values())
+
+
 def of_delay(found: Found) -> Rows:
     """What stepping beside the update brings."""
     return [
@@ -286,7 +319,7 @@ def of_simulators(found: Found) -> Rows:
 OFFICIAL = "metaworld's, sync"
 TABLES = {
     "machine": of_machine, "paper": of_paper, "sizes": of_sizes, "training": of_training,
-    "delay": of_delay, "mixed": of_mixed, "simulators": of_simulators,
+    "delay": of_delay, "mixed": of_mixed, "simulators": of_simulators, "peers": of_peers,
 }  # fmt: skip
 
 
