@@ -212,7 +212,7 @@ def of_sizes(found: Found) -> Rows:
                 places = 0 if row["update_ms"] > 99 else 1
                 cells = shown.setdefault(row["algorithm"], {})
                 cells[f"{words}, {threads(row)}"] = (
-                    f"{row['update_ms']:,.{places}f} ({row['ratio']:.2f})"
+                    f"{row['update_ms']:,.{places}f} ({row['ratio']:.2f}, {row['peak_share']:.0%})"
                 )
     return [{"algorithm": f"`{name}`"} | cells for name, cells in shown.items()]
 
@@ -222,10 +222,13 @@ def of_training(found: Found) -> Rows:
     return [
         {
             "algorithm": f"`{row['algorithm']}`",
-            "steps/s of all ten tasks": f"{row['steps_per_second']:.0f}",
+            "steps/s of all ten tasks (slowest, fastest of three)": (
+                f"{row['steps_per_second']:.0f} ({row['slowest']:.0f}, {row['fastest']:.0f})"
+            ),
             "ms per step of ten tasks": f"{1e4 / row['steps_per_second']:.1f}",
             **{part: f"{row[part]:.0%}" for part in ("update", "simulator", "act", "rest")},
             "steps per task in an hour": f"{360 * row['steps_per_second']:,.0f}",
+            "steps/s of an evaluation": f"{row['evaluation_steps_per_second']:,.0f}",
         }
         for row in rows(found, "training")
     ]
