@@ -80,7 +80,7 @@ def d2r_mtrl(folder: Path) -> list[Peer]:
     ]
     agent = MTSAC(
         "depthroute", env_info={"task_nums": TASKS, "action_shape": (ACTION,)}, pf=actor,
-        qf1=critics[0], qf2=critics[1], save_dir=tempfile.mkdtemp(), **given["sac"],
+        qf1=critics[0], qf2=critics[1], save_dir=tempfile.gettempdir(), **given["sac"],
         **given["general_setting"],
     )  # fmt: skip
     rows = batch()
@@ -121,7 +121,7 @@ def soft_module(folder: Path) -> list[Peer]:
         kept = {"discount", "target_hard_update_period", "use_soft_update", "tau"}
         agent = MTSAC(
             task_nums=TASKS, env=SimpleNamespace(action_space=box), pf=actor, qf1=critics[0],
-            qf2=critics[1], save_dir=tempfile.mkdtemp(), **given["sac"],
+            qf2=critics[1], save_dir=tempfile.gettempdir(), **given["sac"],
             **{key: value for key, value in given["general_setting"].items() if key in kept},
         )  # fmt: skip
         mine = rows | {key: rows[key][..., :width] for key in ("obs", "next_obs")}
