@@ -361,6 +361,26 @@ def activate_backward(
 
 
 @_compile
+def add_bias(x: Array, bias: Array) -> None:
+    """Add to the rows of x (N, d) a ``bias`` (G, d), which serves N / G rows in a row."""
+    rows, width = x.shape
+    each = rows // bias.shape[0]
+    for n in range(rows):
+        for w in range(width):
+            x[n, w] += bias[n // each, w]
+
+
+@_compile
+def add_bias_backward(gradient: Array, g_bias: Array) -> None:
+    """Add the rows of a gradient (N, d) to those of ``g_bias`` (G, d) that served them."""
+    rows, width = gradient.shape
+    each = rows // g_bias.shape[0]
+    for n in range(rows):
+        for w in range(width):
+            g_bias[n // each, w] += gradient[n, w]
+
+
+@_compile
 def encode(
     x: Array, bias: Array, scale: Array, shift: Array, task: Array, routed: bool, inverse: Array,
     state: Array, query: Array, first: Array,
@@ -468,10 +488,62 @@ def push(
 # Loops that contain others have them as parts of their own. Calls would go to one function of that
 # name for the whole process, whichever was loaded first, and compiled in another place it may add
 # up in another order.
-_mix, _activate, _activate_backward, _push = (
+_mix, _activate, _activate_backward, _add_bias, _add_bias_backward, _push = (
     register_jitable(inline="always")(loop.py_func)  # type: ignore[attr-defined]
-    for loop in (mix, activate, activate_backward, push)
+    for loop in (mix, activate, activate_backward, add_bias, add_bias_backward, push)
 )
+
+
+@_compile
+def run_layer(
+    x: Array, weight: Array, bias: Array, scale: Array, shift: Array, rectify: bool, pre: Array,
+    inverse: Array, out: Array,
+) -> None:  # fmt: skip
+    """G layers, each ReLU(LayerNorm(x W + b)), or x W + b, which stays in ``pre``.
+
+    ``x`` (G or 1, R, inputs), ``weight`` (G, inputs, d), ``bias`` (G n, d): each serves R / n rows
+    in a row, ``scale`` and ``shift`` (G, d), ``pre`` and ``out`` (G, R, d), ``inverse`` (G, R).
+    What may be absent, and what is left in ``pre`` and ``inverse``, is as of `activate`.
+    """
+    layers = pre.shape[0]
+    each = bias.shape[0] // layers
+    for g in range(layers):
+        np.dot(x[g if x.shape[0] > 1 else 0], weight[g], pre[g])
+        if rectify:
+            _activate(
+                pre[g], bias[g * each : (g + 1) * each], scale[g : g + 1], shift[g : g + 1],
+                pre[g, :0], inverse[g], out[g],
+            )  # fmt: skip
+        else:
+            _add_bias(pre[g], bias[g * each : (g + 1) * each])
+
+
+@_compile
+def run_layer_backward(
+    gradient: Array, x: Array, weight: Array, scale: Array, shift: Array, rectify: bool, pre: Array,
+    inverse: Array, g_pre: Array, g_bias: Array, g_scale: Array, g_shift: Array, g_weight: Array,
+    g_x: Array,
+) -> None:  # fmt: skip
+    """From the gradient (G, R, d) after `run_layer` to that at its product, ``g_pre``, and others.
+
+    Those of bias, scale and shift are added to; ``g_weight`` (G, inputs, d, optional) and ``g_x``
+    (G, R, inputs, optional) are written. If not ``rectify`` ``g_pre`` is the gradient itself.
+    """
+    layers = gradient.shape[0]
+    each = g_bias.shape[0] // layers
+    for g in range(layers):
+        if rectify:
+            _activate_backward(
+                gradient[g], pre[g, :0], pre[g], scale[g : g + 1], shift[g : g + 1], inverse[g],
+                g_pre[g], g_bias[g * each : (g + 1) * each], g_scale[g : g + 1],
+                g_shift[g : g + 1],
+            )  # fmt: skip
+        else:
+            _add_bias_backward(g_pre[g], g_bias[g * each : (g + 1) * each])
+        if g_weight.shape[0] > 0:
+            np.dot(x[g if x.shape[0] > 1 else 0].T, g_pre[g], g_weight[g])
+        if g_x.shape[0] > 0:
+            np.dot(g_pre[g], weight[g].T, g_x[g])
 
 
 @_compile

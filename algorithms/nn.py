@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from algorithms.kernels import (
     Array,
     activate,
     activate_backward,
+    add_bias,
+    add_bias_backward,
     blend,
     blend_backward,
+    products_on_one_thread,
+    run_layer,
+    run_layer_backward,
 )
 
 Init = Literal["authors", "torch"]
@@ -55,6 +61,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, T, B, inputs) -> (C, T, B, outputs)."""
+        if compiled(x):
+            return in_a_row(x, [(self, None, False)])
         if self.weight.dim() == 4:  # a copy for each task, while PCGrad takes gradients
             y = torch.matmul(x, self.weight) + self.bias
             return y if self.task_bias is None else y + self.task_bias
@@ -85,6 +93,8 @@ class TaskLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C, T, B, inputs) -> (C, T, B, outputs)."""
+        if compiled(x):
+            return in_a_row(x, [(self, None, False)])
         return torch.matmul(x, self.weight) + self.bias
 
     def initialise(self, scheme: Init, generator: torch.Generator) -> None:
@@ -116,6 +126,8 @@ class ModuleLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(C or 1, M or 1, ..., inputs) -> (C, M, ..., outputs); with a one-hot, ... is T, B."""
+        if compiled(x):
+            return in_a_row(x, [(self, None, False)])
         y = self.product(x, self.bias)
         return y if self.task_bias is None else y + self.task_bias
 
@@ -162,6 +174,8 @@ class LayerNorm(nn.Module):
             self.shift.fill_(0)
 
 
+AnyLinear = Linear | TaskLinear | ModuleLinear
+
 COMPILED = True
 """Whether the arithmetic between matrix products is compiled on a CPU (`algorithms.kernels`)."""
 
@@ -173,7 +187,7 @@ def compiled(x: Tensor) -> bool:
 
 
 class Layers(nn.Sequential):
-    """Layers in a row; on a CPU, a linear one and what follows up to its ReLU are one step."""
+    """Layers in a row; on a CPU, linear ones and what follows up to their ReLU are one step."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As of all layers in turn."""
@@ -181,27 +195,34 @@ class Layers(nn.Sequential):
             for layer in self:
                 x = layer(x)
             return x
-        waiting = list(self)
+        waiting, row = list(self), list[tuple[AnyLinear, LayerNorm | None, bool]]()
         while waiting:
             match waiting:
                 case [Linear() | ModuleLinear() as linear, LayerNorm() as norm, nn.ReLU(), *after]:
-                    x = _rectified(x, linear, norm)
+                    row.append((linear, norm, True))
                 case [Linear() | ModuleLinear() as linear, nn.ReLU(), *after]:
-                    x = _rectified(x, linear, None)
+                    row.append((linear, None, True))
+                case [Linear() | ModuleLinear() as linear, *after]:
+                    row.append((linear, None, False))
                 case [layer, *after]:
-                    x = layer(x)
+                    x, row = layer(in_a_row(x, row)), []
             waiting = after
+        return in_a_row(x, row)
+
+
+def in_a_row(x: Tensor, row: Sequence[tuple[AnyLinear, LayerNorm | None, bool]]) -> Tensor:
+    """The layers of ``row``, each linear, perhaps with a LayerNorm, perhaps with a ReLU."""
+    if not row:
         return x
-
-
-def _rectified(x: Tensor, linear: Linear | ModuleLinear, norm: LayerNorm | None) -> Tensor:
-    """ReLU(LayerNorm(linear(x))), without LayerNorm if there is none."""
-    bias: Tensor = linear.bias
-    if linear.task_bias is not None:
-        each = bias.dim() == linear.task_bias.dim()  # a copy for each task, as in `Linear`
-        bias = (bias if each else bias.unsqueeze(-3)) + linear.task_bias
-    scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
-    y: Tensor = _Rectified.apply(x, linear.weight, bias, scale, shift)  # type: ignore[no-untyped-call]
+    parameters: list[Tensor | None] = []
+    for linear, norm, _ in row:
+        bias: Tensor = linear.bias
+        if (of_task := getattr(linear, "task_bias", None)) is not None:
+            each = bias.dim() == of_task.dim()  # a copy for each task, as in `Linear`
+            bias = (bias if each else bias.unsqueeze(-3)) + of_task
+        parameters += [linear.weight, bias]
+        parameters += [None, None] if norm is None else [norm.scale, norm.shift]
+    y: Tensor = _InARow.apply(x, [rectify for *_, rectify in row], *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -265,78 +286,141 @@ class Dense(NamedTuple):
         return torch.bmm(gradient, self.weight.transpose(1, 2), out=out), of_linear + of_norm
 
 
-class _Rectified(torch.autograd.Function):
-    """`Rectified` as a step of autograd.
+class _InARow(torch.autograd.Function):
+    """`Layer` after `Layer` as one step of autograd.
 
     Parameters come and go in their own shapes, since each view of one would be a node of the graph.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rectify: Sequence[bool], *parameters: Tensor) -> Tensor:
+        weight = parameters[0]
         kept = weight.dim() - 2  # axes of copies, or of copies and modules, G of them
         lead = [max(a, b) for a, b in zip(x.shape, weight.shape[:kept], strict=False)]
-        rows = x.flatten(kept, -2).expand(*lead, -1, -1).flatten(0, kept - 1)  # (G, R, inputs)
-        arrays = Dense(weight, bias, scale, shift).arrays()
-        ctx.step = Rectified(rows, weight.detach().flatten(0, -3), *arrays)
-        ctx.shapes = [None if p is None else p.shape for p in (weight, bias, scale, shift)]
+        rows = x.detach().flatten(kept, -2)
+        if rows.shape[:kept].numel() > 1:
+            rows = rows.expand(*lead, -1, -1)
+        array = rows.reshape(-1, *rows.shape[kept:]).numpy()  # (G or 1, R, inputs)
+        ctx.layers = []
+        for n, active in enumerate(rectify):
+            dense = Dense(*parameters[4 * n : 4 * n + 4])
+            ctx.layers.append(Layer(array, dense, rectify=active))
+            array = ctx.layers[-1].out
+        ctx.shapes = [None if p is None else p.shape for p in parameters]
         ctx.of_x, ctx.lead = x.shape, lead
-        out: Tensor = ctx.step.out.view(*lead, *x.shape[kept:-1], -1)
-        return out
+        return torch.from_numpy(array).view(*lead, *x.shape[kept:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        lead, of_x, wanted = ctx.lead, ctx.of_x, ctx.needs_input_grad
-        rows = gradient.flatten(0, len(lead) - 1).flatten(1, -2)
-        g_x, *learned = ctx.step.backward(rows, wanted[0], wanted[1])
-        if g_x is not None:  # summed over the copies and modules that read the same input
-            g_x = g_x.view(*lead, *of_x[len(lead) :]).sum_to_size(of_x)
+        lead, of_x, (of_input, _, *wanted) = ctx.lead, ctx.of_x, ctx.needs_input_grad
+        g: Array | None = ctx.layers[-1].rows(gradient)
+        learned: list[Array | None] = []
+        for n in range(len(ctx.layers) - 1, -1, -1):
+            assert g is not None
+            g, *of_layer = ctx.layers[n].backward(g, n > 0 or of_input, wanted[4 * n])
+            learned = [*of_layer, *learned]
+        g_x = None
+        if g is not None:  # summed over the copies and modules that read the same input
+            g_x = torch.from_numpy(g).view(*lead, *of_x[len(lead) :]).sum_to_size(of_x)
         shaped = [
-            g.view(shape) if g is not None and shape is not None and want else None
-            for g, shape, want in zip(learned, ctx.shapes, wanted[1:], strict=True)
+            torch.from_numpy(g).view(shape) if g is not None and want else None
+            for g, shape, want in zip(learned, ctx.shapes, wanted, strict=True)
         ]
-        return g_x, *shaped
+        return g_x, None, *shaped
 
 
-class Rectified:
-    """ReLU(LayerNorm(x W + b)) of rows x (G, R, inputs): a product and one compiled pass.
+class Layer:
+    """ReLU(LayerNorm(x W + b)) of rows x (G or 1, R, inputs), or x W + b if not ``rectify``.
 
-    ``weight`` (G, inputs, d). ``bias``, ``scale`` and ``shift`` (n, d): each row serves G R / n
-    rows in a row; without LayerNorm the last two have none. The result is ``out`` (G, R, d).
+    Of ``dense`` the weight is (.., inputs, d), G layers in all. Its bias has G n rows: each serves
+    R / n rows in a row; scale and shift have one for each layer. The result is ``out`` (G, R, d).
+    Arrays, not tensors, because many short steps spend less on them.
+
+    On one thread products are part of the compiled pass, which finds their results in a cache and
+    makes small ones at little cost. Torch computes them where it has more threads for many rows,
+    and where they are counted or replaced (`algorithms.precision`) as it starts them.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Array, scale: Array, shift: Array) -> None:
-        self.x, self.weight, self.biases = x, weight, len(bias)
-        self.scale, self.shift = scale, shift
-        self.pre = torch.bmm(x, weight)
-        rows, normed = flat(self.pre), len(scale) > 0
-        absent = rows[:0]
-        self.inverse = np.empty(len(rows) if normed else 0, rows.dtype)
-        self.out = torch.empty_like(self.pre) if normed else self.pre
-        out = flat(self.out) if normed else absent
-        activate(rows, bias, scale, shift, absent, self.inverse, out)
+    def __init__(self, x: Array, dense: Dense, *, rectify: bool = True) -> None:
+        bias, self.scale, self.shift = dense.arrays()
+        weight = dense.weight.detach().numpy()
+        self.weight = np.ascontiguousarray(weight.reshape(-1, *weight.shape[-2:]))
+        self.x, self.rectify, kind = np.ascontiguousarray(x), rectify, x.dtype
+        layers, rows, width = len(self.weight), x.shape[1], weight.shape[-1]
+        self.shape = layers, rows, width
+        self.by_torch = is_in_torch_dispatch_mode() or (
+            torch.get_num_threads() > 1 and layers * rows >= ROWS_OF_A_THREAD * 2
+        )
+        self.biases, self.pre = len(bias), np.empty(self.shape, kind)
+        self.inverse = np.empty((layers, rows if len(self.scale) else 0), kind)
+        self.out = np.empty(self.shape, kind) if len(self.scale) else self.pre
+        out = self.out if len(self.scale) else self.pre[:, :0]
+        if not self.by_torch:
+            products_on_one_thread()
+            run_layer(
+                self.x, self.weight, bias, self.scale, self.shift, rectify, self.pre, self.inverse,
+                out,
+            )  # fmt: skip
+            return
+        _product(self.x, self.weight, self.pre)
+        pre, out = self.pre.reshape(-1, width), out.reshape(-1, width)
+        if rectify:
+            activate(pre, bias, self.scale, self.shift, pre[:0], self.inverse.ravel(), out)
+        else:
+            add_bias(pre, bias)
+
+    def rows(self, gradient: Tensor) -> Array:
+        """A gradient at the result as an array (G, R, d)."""
+        return gradient.detach().contiguous().numpy().reshape(self.shape)
 
     def backward(
-        self, gradient: Tensor, to_x: bool, learning: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-        """Gradients at x, if asked for, W, if learning, bias, scale and shift."""
-        rows, g_pre = flat(self.pre), torch.empty_like(self.pre)
-        of_bias = g_pre.new_zeros(self.biases, rows.shape[1])
-        of_scale, of_shift = g_pre.new_zeros(2, *self.scale.shape)
-        activate_backward(
-            flat(gradient.contiguous()), rows[:0], rows, self.scale, self.shift, self.inverse,
-            flat(g_pre), of_bias.numpy(), of_scale.numpy(), of_shift.numpy(),
+        self, gradient: Array, to_x: bool, learning: bool
+    ) -> tuple[Array | None, Array | None, Array, Array | None, Array | None]:
+        """Gradients at x, if asked for, W, if learning, bias, and if there are any scale and shift.
+
+        ``gradient``, as of `rows`, stays as it is.
+        """
+        (layers, rows, width), inputs, kind = self.shape, self.x.shape[2], gradient.dtype
+        g_pre = np.empty(self.shape, kind) if self.rectify else gradient
+        g_bias, (g_scale, g_shift) = (
+            np.zeros((*lead, width), kind) for lead in ((self.biases,), (2, len(self.scale)))
+        )
+        g_weight = np.empty((layers if learning else 0, inputs, width), kind)
+        g_x = np.empty((layers if to_x else 0, rows, inputs), kind)
+        if not self.by_torch:
+            run_layer_backward(
+                gradient, self.x, self.weight, self.scale, self.shift, self.rectify, self.pre,
+                self.inverse, g_pre, g_bias, g_scale, g_shift, g_weight, g_x,
+            )  # fmt: skip
+        else:
+            arriving, leaving = gradient.reshape(-1, width), g_pre.reshape(-1, width)
+            if self.rectify:
+                activate_backward(
+                    arriving, arriving[:0], self.pre.reshape(-1, width), self.scale, self.shift,
+                    self.inverse.ravel(), leaving, g_bias, g_scale, g_shift,
+                )  # fmt: skip
+            else:
+                add_bias_backward(leaving, g_bias)
+            if learning:
+                _product(self.x.swapaxes(1, 2), g_pre, g_weight)
+            if to_x:
+                _product(g_pre, self.weight.swapaxes(1, 2), g_x)
+        normed = len(self.scale) > 0
+        return (
+            g_x if to_x else None, g_weight if learning else None, g_bias,
+            g_scale if normed else None, g_shift if normed else None,
         )  # fmt: skip
-        g_x = torch.bmm(g_pre, self.weight.mT) if to_x else None
-        g_weight = torch.bmm(self.x.mT, g_pre) if learning else None
-        return g_x, g_weight, of_bias, of_scale, of_shift
+
+
+ROWS_OF_A_THREAD = 512
+"""Rows below which a thread of its own would not pay."""
+
+
+def _product(x: Array, weight: Array, out: Array) -> None:
+    """``out`` (G, R, d) = x (G or 1, R, inputs) times weight (G, inputs, d), by torch."""
+    rows = torch.from_numpy(x).expand(len(out), -1, -1)
+    torch.bmm(rows, torch.from_numpy(weight), out=torch.from_numpy(out))
 
 
 def flat(x: Tensor) -> Array:

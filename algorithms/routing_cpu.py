@@ -33,15 +33,13 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import Dense, LayerNorm, Linear, Rectified, flat
+from algorithms.nn import ROWS_OF_A_THREAD, Dense, Layer, LayerNorm, Linear, flat
 
 if TYPE_CHECKING:
     from algorithms.routing import RoutedNetwork
 
 CACHED_NUMBERS = 2**16
 """Module outputs (numbers) of the rows that are taken through all modules at once."""
-ROWS_OF_A_THREAD = 512
-"""Rows below which a thread of its own would not pay."""
 
 
 def run(
@@ -97,26 +95,26 @@ class _Run(torch.autograd.Function):
         task = (parameters[-2] + parameters[-1]).flatten(0, 2)  # H, (C T, width)
         copies, tasks, rows = len(head.weight), x.shape[1], x.shape[2]
 
-        inputs = x.flatten(1, 2).expand(copies, -1, -1)
-        encoded = _rectified(inputs, encoder)
-        read = _State(encoded.out, state, task, network.state_routing)
-        asked = _rectified(read.query, router_in)
-        heard = _rectified(asked.out, router_out)
+        share = torch.from_numpy  # the same memory
+        encoded = Layer(x.detach().flatten(1, 2).numpy(), encoder)
+        read = _State(share(encoded.out), state, task, network.state_routing)
+        asked = Layer(read.query.numpy(), router_in)
+        heard = Layer(asked.out, router_out)
         # z as (C, L, R): a product transposed so that the rows come last at no cost.
-        z = torch.baddbmm(logits.bias.mT, logits.weight.mT, heard.out.mT)
+        z = torch.baddbmm(logits.bias.mT, logits.weight.mT, share(heard.out).mT)
         route = _Route(z, network.score(z, noise), given, network, learning)
-        begun = _rectified(read.first, first)
-        modules = _Modules(begun.out, route, rest, network, learning)
-        output = torch.baddbmm(head.bias, modules.out, head.weight)
+        begun = Layer(read.first.numpy(), first)
+        modules = _Modules(share(begun.out), route, rest, network, learning)
+        output = Layer(modules.out.numpy(), head, rectify=False)
         if learning:
             ctx.shape, ctx.layers = x.shape, layers
-            ctx.parts = encoded, read, asked, heard, route, begun, modules
+            ctx.parts = encoded, read, asked, heard, route, begun, modules, output
         of_route = [
             torch.from_numpy(a).view(-1, copies, tasks * rows, a.shape[2]).permute(1, 0, 3, 2)
             for a in (route.sources, route.weights)
         ]
         ctx.mark_non_differentiable(*of_route)
-        return output.view(copies, tasks, rows, -1), of_route[0], of_route[1]
+        return share(output.out).view(copies, tasks, rows, -1), of_route[0], of_route[1]
 
     @staticmethod
     @once_differentiable
@@ -125,31 +123,33 @@ class _Run(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if ctx.parts is None:
             raise RuntimeError("the routed network's backward pass can run once only")
-        encoded, read, asked, heard, route, begun, modules = ctx.parts
-        *_, logits, head = ctx.layers
+        encoded, read, asked, heard, route, begun, modules, output = ctx.parts
+        *_, logits, _ = ctx.layers
         ctx.parts, wanted = None, ctx.needs_input_grad
         learning = any(wanted[5:])
 
-        g = gradient.flatten(1, 2)
-        of_head = [*_linear(modules.out, g), None, None] if learning else []
-        g_begun, g_weights, of_rest = modules.backward(torch.bmm(g, head.weight.mT), learning)
-        g_first, *of_first = begun.backward(g_begun, True, learning)
+        share = torch.from_numpy
+        g_modules, *of_head = output.backward(output.rows(gradient), True, learning)
+        g_begun, g_weights, of_rest = modules.backward(share(g_modules), learning)
+        g_first, *of_first = begun.backward(g_begun.numpy(), True, learning)
         g_z = route.backward(g_weights).mT  # (C, R, L)
-        of_logits = [*_linear(heard.out, g_z), None, None] if learning else []
-        g_heard, *of_heard = heard.backward(torch.bmm(g_z, logits.weight.mT), True, learning)
+        of_logits = [*_linear(share(heard.out), g_z), None, None] if learning else []
+        g_hidden = torch.bmm(g_z, logits.weight.mT)
+        g_heard, *of_heard = heard.backward(g_hidden.numpy(), True, learning)
         g_query, *of_asked = asked.backward(g_heard, True, learning)
-        g_encoded, g_task, of_state = read.backward(g_query, g_first, learning)
-        g_x, *of_encoder = encoded.backward(g_encoded, wanted[1], learning)
+        g_encoded, g_task, of_state = read.backward(share(g_query), share(g_first), learning)
+        g_inputs, *of_encoder = encoded.backward(g_encoded.numpy(), wanted[1], learning)
+        g_x = None
         if wanted[1]:
-            of_copies = (len(g_x), *ctx.shape[1:])
-            g_x = g_x.view(of_copies).sum_to_size(ctx.shape)
+            of_copies = (len(g_inputs), *ctx.shape[1:])
+            g_x = share(g_inputs).view(of_copies).sum_to_size(ctx.shape)
         nothing = (None,) * 3
         if not learning:
             return None, g_x, *nothing, *(None for _ in wanted[5:])
         learned = [*of_encoder, *of_state, *of_asked, *of_heard, *of_first, *of_rest, *of_logits,
                    *of_head]  # fmt: skip
         shaped = [
-            None if p is None or found is None else found.view_as(p)
+            None if p is None or found is None else torch.as_tensor(found).view_as(p)
             for p, found in zip((p for layer in ctx.layers for p in layer), learned, strict=True)
         ]
         g_task = g_task.view(len(gradient), -1, 1, g_task.shape[1])
@@ -159,10 +159,6 @@ class _Run(torch.autograd.Function):
 def _linear(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients at weight and bias of a layer, from that (C, R, outputs) at its output."""
     return torch.bmm(x.mT, gradient), gradient.sum(1, keepdim=True)
-
-
-def _rectified(x: Tensor, layer: Dense) -> Rectified:
-    return Rectified(x, layer.weight.detach(), *layer.arrays())
 
 
 class _State:

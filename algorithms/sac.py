@@ -176,6 +176,7 @@ class SAC(Agent):
         self.actor_optimizer = self._adam(self.actor.parameters(), self.config.actor_lr)
         self.critic_optimizer = self._adam(self.critic.parameters(), self.config.critic_lr)
         self.alpha_optimizer = self._adam([self.log_alpha], self.config.alpha_lr)
+        self._listed: tuple[int, tuple[list[Tensor], list[Tensor]]] = 0, ([], [])
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
         self.on_new_alpha()
 
@@ -205,7 +206,7 @@ class SAC(Agent):
     @staticmethod
     def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
         trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.Adam(trained, lr=lr, fused=True)
+        return Adam(trained, lr=lr, fused=True)
 
     # ------------------------------------------------------------------ what algorithms fill in
 
@@ -302,9 +303,7 @@ class SAC(Agent):
         self.step()
 
         with torch.no_grad():  # Polyak: Q' <- (1 - tau) Q' + tau Q
-            slow: list[Tensor] = list(self.target_critic.parameters())
-            fast: list[Tensor] = list(self.critic.parameters())
-            torch._foreach_lerp_(slow, fast, self.config.tau)
+            torch._foreach_lerp_(*self._slow_and_fast(), self.config.tau)
         self.updates += 1
         self.owed_updates = max(0, self.owed_updates - 1)
         self.fresh = False
@@ -394,6 +393,15 @@ class SAC(Agent):
         if self.config.alpha_max is not None:
             with torch.no_grad():
                 self.log_alpha.clamp_(max=float(np.log(self.config.alpha_max)))
+
+    def _slow_and_fast(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters of target and critics, listed anew only when there are more of them."""
+        count = len(learned(self.critic_optimizer))
+        if count != self._listed[0]:
+            slow: list[Tensor] = list(self.target_critic.parameters())
+            fast: list[Tensor] = list(self.critic.parameters())
+            self._listed = count, (slow, fast)
+        return self._listed[1]
 
     def _reset_if_due(self) -> None:
         resets = self.config.resets or 0
@@ -501,6 +509,30 @@ def listed(tasks: tuple[str, ...], which: np.ndarray) -> str:
     names = [name for name, chosen in zip(tasks, which, strict=True) if chosen]
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"{len(names)} of {len(tasks)} tasks ({shown})"
+
+
+class Adam(torch.optim.Adam):
+    """Torch's fused Adam, which spends four times its arithmetic on finding what it works on."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step on the parameters that have gradients."""
+        (group,) = self.param_groups
+        trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        states = [state for p in trained if (state := self.state.get(p))]
+        if len(states) < len(trained):  # the first step of some of them
+            super().step()
+            return
+        gradients: list[Any] = [p.grad for p in trained]
+        means, squares, steps = (
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            trained, gradients, means, squares, [], steps,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=0, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def learned(optimizer: torch.optim.Adam) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from bench.spec import RunSpec as RunSpec
     from bench.store import RunStore as RunStore
     from bench.train import train as train
+
+# Before torch is loaded: its threads then hardly wait busily for their next product, and leave the
+# processor to the compiled loops between two (an update of MEGA on two threads: a sixth faster).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _EXPORTS = {"RunSpec": "bench.spec", "RunStore": "bench.store", "train": "bench.train"}
 

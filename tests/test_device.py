@@ -52,7 +52,7 @@ class _Adam(torch.optim.Adam):
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(torch, "Generator", _Generator)
-    monkeypatch.setattr(torch.optim, "Adam", _Adam)
+    monkeypatch.setattr("algorithms.sac.Adam", _Adam)
     return "meta"
 
 

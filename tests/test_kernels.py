@@ -63,6 +63,29 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    *(normal(1, 2, 1, d) for _ in range(2)), *(normal(3, 3, d) for _ in range(2)),
                    np.abs(normal(3, 3)), zeros(1, 3, d), zeros(3, 3, 2), zeros(2, 3, 2, d)],
     ),
+    "run_layer": (
+        lambda x, w, b, s, h, *a: kernels.run_layer(x, w, b, s, h, True, *a),
+        lambda d: [normal(1, 6, 5), normal(2, 5, d), normal(4, d), normal(2, d), normal(2, d),
+                   zeros(2, 6, d), zeros(2, 6), zeros(2, 6, d)],
+    ),
+    "run_layer, linear": (
+        lambda x, w, b, *a: kernels.run_layer(x, w, b, ABSENT, ABSENT, False, *a),
+        lambda d: [normal(2, 6, d), normal(2, d, 1), normal(2, 1), zeros(2, 6, 1), zeros(2, 0),
+                   zeros(2, 0, 1)],
+    ),
+    "run_layer_backward": (
+        lambda g, x, w, s, h, *a: kernels.run_layer_backward(g, x, w, s, h, True, *a),
+        lambda d: [normal(2, 6, d), normal(1, 6, 5), normal(2, 5, d), normal(2, d), normal(2, d),
+                   normal(2, 6, d), np.abs(normal(2, 6)), zeros(2, 6, d), zeros(4, d), zeros(2, d),
+                   zeros(2, d), zeros(2, 5, d), zeros(2, 6, 5)],
+    ),
+    "run_layer_backward, linear": (
+        lambda g, x, w, *a: kernels.run_layer_backward(
+            g, x, w, ABSENT, ABSENT, False, zeros(2, 6, 1), zeros(2, 0), g, *a
+        ),
+        lambda d: [normal(2, 6, 1), normal(2, 6, d), normal(2, d, 1), zeros(2, 1), ABSENT, ABSENT,
+                   zeros(2, d, 1), zeros(2, 6, d)],
+    ),
     "encode": (
         lambda x, b, s, h, task, *a: kernels.encode(x, b, s, h, task, True, *a),
         lambda d: [normal(2, d), *(normal(1, d) for _ in range(4)), zeros(2),

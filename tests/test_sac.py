@@ -19,7 +19,7 @@ from torch.distributions.transforms import TanhTransform
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
 from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
-from algorithms.sac import ARS, clip_slices, frozen, learned
+from algorithms.sac import ARS, Adam, clip_slices, frozen, learned
 from suites.base import SuiteSpec
 
 T, B, O, A = 3, 6, 5, 2  # noqa: E741
@@ -507,6 +507,49 @@ def test_compiled_layers_equal_those_of_tensor_operations(
         found.append([y, *torch.autograd.grad((y * weight).sum(), [x, *network.parameters()])])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_adam_is_torchs_to_the_bit_also_loaded_and_with_a_parameter_more() -> None:
+    g = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=g) for shape in ((2, 3, 4), (2, 1, 4), (5,))]
+    steps = [[torch.randn(p.shape, generator=g) for p in start] for _ in range(6)]
+    found = []
+    for kind in (Adam, torch.optim.Adam):
+        parameters = [p.clone().requires_grad_() for p in start]
+        optimizer = kind(parameters[:2], lr=0.1, fused=True)
+        for count, gradients in enumerate(steps):
+            if count == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = kind(parameters[:2], lr=0.1, fused=True)
+                optimizer.load_state_dict(saved)
+            if count == 3:
+                optimizer.param_groups[0]["params"].append(parameters[2])
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if count == 4:
+                parameters[0].grad = None  # stays as it is
+            optimizer.step()
+        found.append([p.detach() for p in parameters])
+    for ours, theirs, first in zip(*found, start, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, first)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_more_threads_compute_the_same_layers(
+    layer_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = mlp(O, [7, 6], 4, copies=2, one_hot=T, layer_norm=layer_norm).double()
+    initialise(network, "torch", torch.Generator().manual_seed(0))
+    monkeypatch.setattr("algorithms.nn.ROWS_OF_A_THREAD", 1)
+    x = make_batch().obs[None].requires_grad_()
+    found = []
+    for threads in (1, 2):  # products in the compiled pass, and by torch
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        y = network(x)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *network.parameters()])])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
 def test_task_heads_equal_a_layer_each() -> None:
