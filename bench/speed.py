@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,8 +188,6 @@ ROUNDS = 5
 TRAINING_ROUNDS = 3
 """Times that real training is measured, in turns."""
 
-PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
-
 PEAK_SHAPE = (1280, 400, 400)
 """Rows, inputs and outputs of the product that stands for what the machine can do: a hidden layer
 of the papers' networks on a batch of MT10."""
@@ -216,8 +211,7 @@ def speed_rows(
     ``update_ms``, ``act_ms``, ``step_ms`` (the simulator's): milliseconds per call for all tasks.
     ``ratio``: an update's to that of the first algorithm. ``gflop``: the work of an update's matrix
     products; ``peak_share``: at their rate, against that of one large product (`PEAK_SHAPE`),
-    which is measured in the same turns; ``gemm_share``: of an update's time, spent in
-    products, without those inside compiled loops (routed modules).
+    which is measured in the same turns.
     ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
     machine.keep_freed_memory()
@@ -285,7 +279,6 @@ def _setting(
                 "ratio": 1e3 * parts.update / rows[0]["update_ms"] if rows else 1.0,
                 "gflop": gflop,
                 "peak_share": gflop / parts.update / max(peaks),
-                "gemm_share": gemm_share(agent, batch),
                 "act_ms": 1e3 * parts.act,
                 "step_ms": 1e3 * parts.step,
                 "steps_per_second": at_once / (parts.act + parts.step + learning),
@@ -461,43 +454,6 @@ def work(agent: Agent, batch: Batch) -> float:
     with FlopCounterMode(display=False) as counter:
         agent.update(batch)
     return 1e-9 * float(counter.get_total_flops())
-
-
-def gemm_share(agent: Agent, batch: Batch, updates: int = 3) -> float:
-    """Share of an update's operator time that is spent in matrix products."""
-    agent.update(batch)
-    on_gpu = agent.device.type == "cuda"
-    kinds = torch.profiler.ProfilerActivity
-    with (
-        silent_stderr(),  # the profiler's native part chats there
-        torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profile,
-    ):
-        for _ in range(updates):
-            agent.update(batch)
-    spent = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profile.key_averages()
-    }
-    products = sum(
-        time_
-        for name, time_ in spent.items()
-        if name in PRODUCTS or (on_gpu and "gemm" in name.lower())
-    )
-    return float(products / sum(spent.values()))
-
-
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Send what native code writes to standard error nowhere."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _extras(agent: Agent, envs: int) -> dict[str, np.ndarray]:

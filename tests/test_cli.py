@@ -337,7 +337,6 @@ def test_speed_sets_algorithms_side_by_side() -> None:
     assert first["ratio"] == 1.0
     assert second["ratio"] == pytest.approx(second["update_ms"] / first["update_ms"])
     assert (first["algorithm"], second["batch"], second["threads"]) == ("mt_sac", 60, 1)
-    assert all(0 < row["gemm_share"] < 1 for row in (first, second))
     assert all(0 < row["peak_share"] < 1 for row in (first, second))
     step_ms = first["step_ms"] + first["act_ms"] + 3 * first["update_ms"]
     assert first["steps_per_second"] == pytest.approx(3 * 1000 / step_ms)
