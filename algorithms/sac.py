@@ -517,22 +517,20 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step on the parameters that have gradients."""
-        (group,) = self.param_groups
-        trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        states = [state for p in trained if (state := self.state.get(p))]
-        if len(states) < len(trained):  # the first step of some of them
-            super().step()
+        of_groups = [[p for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        if not all(self.state.get(p) for trained in of_groups for p in trained):
+            super().step()  # the first of some of them
             return
-        gradients: list[Any] = [p.grad for p in trained]
-        means, squares, steps = (
-            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
-        torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            trained, gradients, means, squares, [], steps,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=0, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        for group, trained in zip(self.param_groups, of_groups, strict=True):
+            means, squares, steps = (
+                [self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
+                trained, [p.grad for p in trained], means, squares, [], steps,
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                weight_decay=0, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 def learned(optimizer: torch.optim.Adam) -> list[Tensor]:

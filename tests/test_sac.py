@@ -535,6 +535,21 @@ def test_adam_is_torchs_to_the_bit_also_loaded_and_with_a_parameter_more() -> No
         assert not torch.equal(ours, first)
 
 
+def test_adam_steps_every_group_at_its_own_rate() -> None:
+    found = []
+    for kind in (Adam, torch.optim.Adam):
+        parameters = [torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (0.1, 0.01), strict=True)]
+        optimizer = kind(groups, fused=True)
+        for scale in (1.0, -2.0, 0.5):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, scale)
+            optimizer.step()
+        found.append(torch.cat([p.detach() for p in parameters]))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0][0], found[0][-1])
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_more_threads_compute_the_same_layers(
     layer_norm: bool, monkeypatch: pytest.MonkeyPatch
