@@ -520,60 +520,63 @@ def run_layer(
 
 @_compile
 def run_layer_backward(
-    gradient: Array, x: Array, weight: Array, scale: Array, shift: Array, rectify: bool, pre: Array,
-    inverse: Array, g_pre: Array, g_bias: Array, g_scale: Array, g_shift: Array, g_weight: Array,
-    g_x: Array,
+    begins: Array, gradient: Array, x: Array, weight: Array, scale: Array, shift: Array,
+    rectify: bool, pre: Array, inverse: Array, g_pre: Array, g_bias: Array, g_scale: Array,
+    g_shift: Array, g_weight: Array, g_x: Array,
 ) -> None:  # fmt: skip
-    """From the gradient (G, R, d) after `run_layer` to that at its product, ``g_pre``, and others.
+    """From the gradient (N, d) after `run_layer` to that at its product, ``g_pre``, and others.
 
-    Those of bias, scale and shift are added to; ``g_weight`` (G, inputs, d, optional) and ``g_x``
-    (G, R, inputs, optional) are written. If not ``rectify`` ``g_pre`` is the gradient itself.
+    Layer g has the rows from ``begins[g]`` to ``begins[g + 1]``, also of ``pre`` (N, d),
+    ``inverse`` (N,) and ``g_x`` (N, inputs, optional), which is written. So is ``g_weight`` (G,
+    inputs, d, optional), for which a layer needs as many rows as ``x`` has. The gradients of bias,
+    scale and shift are added to. If not ``rectify`` ``g_pre`` is the gradient itself.
     """
-    layers = gradient.shape[0]
+    layers = weight.shape[0]
     each = g_bias.shape[0] // layers
     for g in range(layers):
+        a, b = begins[g], begins[g + 1]
+        if a == b:
+            continue
         if rectify:
             _activate_backward(
-                gradient[g], pre[g, :0], pre[g], scale[g : g + 1], shift[g : g + 1], inverse[g],
-                g_pre[g], g_bias[g * each : (g + 1) * each], g_scale[g : g + 1],
-                g_shift[g : g + 1],
+                gradient[a:b], pre[:0], pre[a:b], scale[g : g + 1], shift[g : g + 1],
+                inverse[a:b], g_pre[a:b], g_bias[g * each : (g + 1) * each],
+                g_scale[g : g + 1], g_shift[g : g + 1],
             )  # fmt: skip
         else:
-            _add_bias_backward(g_pre[g], g_bias[g * each : (g + 1) * each])
+            _add_bias_backward(g_pre[a:b], g_bias[g * each : (g + 1) * each])
         if g_weight.shape[0] > 0:
-            np.dot(x[g if x.shape[0] > 1 else 0].T, g_pre[g], g_weight[g])
+            np.dot(x[g if x.shape[0] > 1 else 0].T, g_pre[a:b], g_weight[g])
         if g_x.shape[0] > 0:
-            np.dot(g_pre[g], weight[g].T, g_x[g])
+            np.dot(g_pre[a:b], weight[g].T, g_x[a:b])
 
 
 @_compile
 def run_modules(
-    begin: int, end: int, size: int, first: Array, sources: Array, weights: Array, weight: Array,
-    bias: Array, scale: Array, shift: Array, m: Array, u: Array, x: Array, inverse: Array,
-    out: Array,
+    begin: int, end: int, blocks: Array, first: Array, sources: Array, weights: Array,
+    weight: Array, bias: Array, scale: Array, shift: Array, m: Array, u: Array, x: Array,
+    inverse: Array, out: Array,
 ) -> None:  # fmt: skip
-    """The routed modules in a row and the head's input, for some blocks of ``size`` rows.
+    """The routed modules in a row and the head's input, for the blocks from ``begin`` to ``end``.
 
-    m^1 = ``first`` (C, R, d); u^i = sum_k p_k m_{d_k}, x^i = u^i W_i, m^i = ReLU(LayerNorm(x^i +
-    b_i)) + u^i; ``out`` (C, R, d) is u of the head. Blocks are counted through all copies, and in
-    one of them all modules run before the next, so that what they read of each other is in a cache.
-    ``sources`` and ``weights`` (M, N, K); parameters (C, M - 1, .., d), ``scale`` and ``shift``
-    with or without their one row. ``m``, ``u``, ``x`` (M, N, d) and ``inverse`` (M, N) are left for
-    the backward pass, unless they have no rows.
+    m^1 = ``first`` (N, d); u^i = sum_k p_k m_{d_k}, x^i = u^i W_i, m^i = ReLU(LayerNorm(x^i +
+    b_i)) + u^i; ``out`` (N, d) is u of the head. ``blocks`` (.., 3): copy, first row of all N, past
+    the last. In one of them all modules run before the next, so that what they read of each other
+    is in a cache. ``sources`` and ``weights`` (M, N, K); parameters (C, M - 1, .., d), ``scale``
+    and ``shift`` with or without their one row. ``m``, ``u``, ``x`` (M, N, d) and ``inverse`` (M,
+    N) are left for the backward pass, unless they have no rows.
     """
-    _, rows, width = first.shape
-    modules, each = m.shape[0], -(-rows // size)
+    modules, width = m.shape[0], first.shape[1]
     keep = m.shape[1] > 0
     if not keep:
+        size = (blocks[:, 2] - blocks[:, 1]).max()
         m = np.empty((modules, size, width), first.dtype)
         u, x, inverse = np.empty_like(m), np.empty_like(m), np.empty((modules, size), first.dtype)
     for block in range(begin, end):
-        c, row = block // each, block % each * size
-        stop = min(row + size, rows)
-        n, past = c * rows + row, c * rows + stop
+        c, n, past = blocks[block]
         a = n if keep else 0
-        b = a + stop - row
-        m[0, a:b] = first[c, row:stop]
+        b = a + past - n
+        m[0, a:b] = first[n:past]
         for i in range(modules):
             if i > 0:
                 np.dot(u[i - 1, a:b], weight[c, i - 1], x[i, a:b])
@@ -582,35 +585,34 @@ def run_modules(
                     inverse[i, a:b], m[i, a:b],
                 )  # fmt: skip
             _mix(m, a, sources[i, n:past], weights[i, n:past], u[i, a:b])
-        out[c, row:stop] = u[modules - 1, a:b]
+        out[n:past] = u[modules - 1, a:b]
 
 
 @_compile
 def run_modules_backward(
-    begin: int, end: int, size: int, gradient: Array, sources: Array, weights: Array,
+    begin: int, end: int, blocks: Array, gradient: Array, sources: Array, weights: Array,
     suitable: Array, masked: bool, weight: Array, scale: Array, shift: Array, m: Array, x: Array,
     inverse: Array, g_first: Array, g_weights: Array, of_layers: Array,
 ) -> None:  # fmt: skip
-    """From the gradient (C, R, d) at ``out`` of `run_modules` to those at ``first`` and weights.
+    """From the gradient (N, d) at ``out`` of `run_modules` to those at ``first`` and weights.
 
     ``suitable`` (M, N, K, or M, 0, K) and ``masked`` as in `push`. ``x`` is left with the gradients
     at the products u W; those of bias, scale and shift are added to ``of_layers`` (blocks, 3,
     M - 1, d), apart for each block, so that their sum does not depend on who adds first.
     """
-    _, rows, width = gradient.shape
-    modules, each = m.shape[0], -(-rows // size)
+    modules, width = m.shape[0], gradient.shape[1]
+    size = (blocks[:, 2] - blocks[:, 1]).max()
     # What destinations have pushed to each module, and what of it may not enter its layer.
     whole = np.empty((modules, size, width), m.dtype)
     blocked = np.empty((modules, size if suitable.shape[1] > 0 else 0, width), m.dtype)
     through = np.empty((size, width), m.dtype)  # the layer
     for block in range(begin, end):
-        c, row = block // each, block % each * size
-        stop = min(row + size, rows)
-        n, past, count = c * rows + row, c * rows + stop, stop - row
+        c, n, past = blocks[block]
+        count = past - n
         whole[:] = 0
         blocked[:] = 0
         arriving = through[:count]
-        arriving[:] = gradient[c, row:stop]
+        arriving[:] = gradient[n:past]
         together = arriving  # and through the shortcut, which the head has not
         for i in range(modules - 1, -1, -1):
             _push(
@@ -629,10 +631,10 @@ def run_modules_backward(
             for k in range(count):
                 for w in range(width):
                     together[k, w] += arriving[k, w]
-        g_first[c, row:stop] = together
+        g_first[n:past] = together
         for k in range(min(count, blocked.shape[1])):
             for w in range(width):
-                g_first[c, row + k, w] -= blocked[0, k, w]
+                g_first[n + k, w] -= blocked[0, k, w]
 
 
 @_compile

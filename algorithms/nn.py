@@ -9,7 +9,8 @@ id has a bias per task in its first layer: the same function and the same parame
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -240,8 +241,8 @@ class Dense(NamedTuple):
 
     def arrays(self) -> list[Array]:
         """Bias, scale and shift as rows (n, d); the last two (0, d) without LayerNorm."""
-        none = self.bias[:0]
-        return [flat(none if p is None else p) for p in (self.bias, self.scale, self.shift)]
+        bias = flat(self.bias)
+        return [bias, *(bias[:0] if p is None else flat(p) for p in (self.scale, self.shift))]
 
     def rectified(self, inputs: Tensor, out: Tensor | None = None) -> tuple[Tensor, Normed | None]:
         """ReLU(LayerNorm(inputs W + b)) on rows (C, R, W)."""
@@ -315,14 +316,18 @@ class _InARow(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         lead, of_x, (of_input, _, *wanted) = ctx.lead, ctx.of_x, ctx.needs_input_grad
         g: Array | None = ctx.layers[-1].rows(gradient)
+        assert g is not None
+        owing = Owing.of(g, any(wanted))
+        g = owing.taken(g)
         learned: list[Array | None] = []
         for n in range(len(ctx.layers) - 1, -1, -1):
             assert g is not None
-            g, *of_layer = ctx.layers[n].backward(g, n > 0 or of_input, wanted[4 * n])
+            g, *of_layer = ctx.layers[n].backward(g, n > 0 or of_input, wanted[4 * n], owing)
             learned = [*of_layer, *learned]
         g_x = None
         if g is not None:  # summed over the copies and modules that read the same input
-            g_x = torch.from_numpy(g).view(*lead, *of_x[len(lead) :]).sum_to_size(of_x)
+            g_x = torch.from_numpy(owing.spread(g)).view(*lead, *of_x[len(lead) :])
+            g_x = g_x.sum_to_size(of_x)
         shaped = [
             torch.from_numpy(g).view(shape) if g is not None and want else None
             for g, shape, want in zip(learned, ctx.shapes, wanted, strict=True)
@@ -375,37 +380,41 @@ class Layer:
         return gradient.detach().contiguous().numpy().reshape(self.shape)
 
     def backward(
-        self, gradient: Array, to_x: bool, learning: bool
+        self, gradient: Array, to_x: bool, learning: bool, owing: Owing
     ) -> tuple[Array | None, Array | None, Array, Array | None, Array | None]:
         """Gradients at x, if asked for, W, if learning, bias, and if there are any scale and shift.
 
-        ``gradient``, as of `rows`, stays as it is.
+        ``gradient`` (N, d), which stays as it is, and that at x (N, inputs) are of the rows
+        ``owing``; learning takes all.
         """
-        (layers, rows, width), inputs, kind = self.shape, self.x.shape[2], gradient.dtype
-        g_pre = np.empty(self.shape, kind) if self.rectify else gradient
-        g_bias, (g_scale, g_shift) = (
-            np.zeros((*lead, width), kind) for lead in ((self.biases,), (2, len(self.scale)))
-        )
+        (layers, _, width), inputs, kind = self.shape, self.x.shape[2], gradient.dtype
+        pre, inverse = owing.taken(self.pre), self.inverse.ravel()
+        if len(inverse):
+            inverse = owing.taken(self.inverse[..., None]).ravel()
+        leaving = np.empty_like(gradient) if self.rectify else gradient
+        g_bias = np.zeros((self.biases if owing.rows is None else layers, width), kind)
+        g_scale, g_shift = np.zeros((2, len(self.scale), width), kind)
         g_weight = np.empty((layers if learning else 0, inputs, width), kind)
-        g_x = np.empty((layers if to_x else 0, rows, inputs), kind)
+        g_x = np.empty((len(gradient) if to_x else 0, inputs), kind)
         if not self.by_torch:
             run_layer_backward(
-                gradient, self.x, self.weight, self.scale, self.shift, self.rectify, self.pre,
-                self.inverse, g_pre, g_bias, g_scale, g_shift, g_weight, g_x,
+                owing.begins, gradient, self.x, self.weight, self.scale, self.shift, self.rectify,
+                pre, inverse, leaving, g_bias, g_scale, g_shift, g_weight, g_x,
             )  # fmt: skip
         else:
-            arriving, leaving = gradient.reshape(-1, width), g_pre.reshape(-1, width)
-            if self.rectify:
-                activate_backward(
-                    arriving, arriving[:0], self.pre.reshape(-1, width), self.scale, self.shift,
-                    self.inverse.ravel(), leaving, g_bias, g_scale, g_shift,
-                )  # fmt: skip
-            else:
-                add_bias_backward(leaving, g_bias)
+            for a, b, of in owing.alike():
+                weight = self.weight[of].swapaxes(1, 2)
+                if self.rectify:
+                    activate_backward(
+                        gradient[a:b], pre[:0], pre[a:b], self.scale[of], self.shift[of],
+                        inverse[a:b], leaving[a:b], g_bias[of], g_scale[of], g_shift[of],
+                    )  # fmt: skip
+                else:
+                    add_bias_backward(leaving[a:b], g_bias[of])
+                if to_x:
+                    _product(leaving[a:b].reshape(len(weight), -1, width), weight, g_x[a:b])
             if learning:
-                _product(self.x.swapaxes(1, 2), g_pre, g_weight)
-            if to_x:
-                _product(g_pre, self.weight.swapaxes(1, 2), g_x)
+                _product(self.x.swapaxes(1, 2), leaving.reshape(self.shape), g_weight)
         normed = len(self.scale) > 0
         return (
             g_x if to_x else None, g_weight if learning else None, g_bias,
@@ -413,14 +422,68 @@ class Layer:
         )  # fmt: skip
 
 
+class Owing(NamedTuple):
+    """Which rows of a gradient (G, R, d) the backward pass takes.
+
+    Where nothing learns it is those that are not zero: an actor's loss has the less of two critics,
+    and at a row the other is owed nothing, so half of the work is none.
+    """
+
+    shape: tuple[int, int]
+    """G, R."""
+    rows: Array | None
+    """(N,) their numbers, of all G R; None: all."""
+    begins: Array
+    """(G + 1,) where those of each of the G begin among the N, and the end of the last."""
+
+    @staticmethod
+    def of(gradient: Array, learning: bool) -> Owing:
+        """By the gradient (G, R, d); all rows if ``learning``, if few are zero, and where products
+        are counted or replaced: what is counted is the plain work."""
+        layers, rows = shape = gradient.shape[0], gradient.shape[1]
+        if not learning and layers > 1 and not is_in_torch_dispatch_mode():
+            some = (gradient != 0).any(2)
+            counts = some.sum(1)
+            if counts.sum() < MOST * some.size:
+                begins = np.concatenate(([0], counts.cumsum()))
+                return Owing(shape, np.flatnonzero(some), begins)
+        return Owing(shape, None, np.arange(0, layers * rows + 1, rows))
+
+    def taken(self, whole: Array) -> Array:
+        """The rows (N, d) of an array (G, R, d)."""
+        rows = whole.reshape(-1, whole.shape[-1])
+        return rows if self.rows is None else rows.take(self.rows, 0)
+
+    def spread(self, part: Array) -> Array:
+        """Rows (N, d) in their places (G R, d), zeros elsewhere."""
+        if self.rows is None:
+            return part
+        whole = np.zeros((math.prod(self.shape), part.shape[1]), part.dtype)
+        whole[self.rows] = part
+        return whole
+
+    def alike(self) -> Iterator[tuple[int, int, slice]]:
+        """First row, past the last, and which of the G have them, the same number each."""
+        if self.rows is None:
+            yield 0, math.prod(self.shape), slice(None)
+            return
+        for g, (a, b) in enumerate(pairwise(self.begins.tolist())):
+            if a < b:
+                yield a, b, slice(g, g + 1)
+
+
+MOST = 0.9
+"""Share of rows from which on taking out the others would not pay."""
+
 ROWS_OF_A_THREAD = 512
 """Rows below which a thread of its own would not pay."""
 
 
 def _product(x: Array, weight: Array, out: Array) -> None:
-    """``out`` (G, R, d) = x (G or 1, R, inputs) times weight (G, inputs, d), by torch."""
-    rows = torch.from_numpy(x).expand(len(out), -1, -1)
-    torch.bmm(rows, torch.from_numpy(weight), out=torch.from_numpy(out))
+    """``out`` (G, R, d) or (G R, d) = x (G or 1, R, inputs) W (G, inputs, d), by torch."""
+    rows = torch.from_numpy(x).expand(len(weight), -1, -1)
+    result = torch.from_numpy(out).view(len(weight), -1, out.shape[-1])
+    torch.bmm(rows, torch.from_numpy(weight), out=result)
 
 
 def flat(x: Tensor) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from algorithms.kernels import (
+    Array,
     choose,
     encode,
     encode_backward,
@@ -33,7 +35,7 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import ROWS_OF_A_THREAD, Dense, Layer, LayerNorm, Linear, flat
+from algorithms.nn import ROWS_OF_A_THREAD, Dense, Layer, LayerNorm, Linear, Owing, flat
 
 if TYPE_CHECKING:
     from algorithms.routing import RoutedNetwork
@@ -129,20 +131,26 @@ class _Run(torch.autograd.Function):
         learning = any(wanted[5:])
 
         share = torch.from_numpy
-        g_modules, *of_head = output.backward(output.rows(gradient), True, learning)
-        g_begun, g_weights, of_rest = modules.backward(share(g_modules), learning)
-        g_first, *of_first = begun.backward(g_begun.numpy(), True, learning)
+        at_output = output.rows(gradient)
+        owing = Owing.of(at_output, learning)
+        g_modules, *of_head = output.backward(owing.taken(at_output), True, learning, owing)
+        g_begun, g_weights, of_rest = modules.backward(g_modules, learning, owing)
+        g_first, *of_first = begun.backward(g_begun, True, learning, owing)
         g_z = route.backward(g_weights).mT  # (C, R, L)
         of_logits = [*_linear(share(heard.out), g_z), None, None] if learning else []
-        g_hidden = torch.bmm(g_z, logits.weight.mT)
-        g_heard, *of_heard = heard.backward(g_hidden.numpy(), True, learning)
-        g_query, *of_asked = asked.backward(g_heard, True, learning)
-        g_encoded, g_task, of_state = read.backward(share(g_query), share(g_first), learning)
-        g_inputs, *of_encoder = encoded.backward(g_encoded.numpy(), wanted[1], learning)
+        g_hidden = owing.taken(torch.bmm(g_z, logits.weight.mT).numpy())
+        g_heard, *of_heard = heard.backward(g_hidden, True, learning, owing)
+        g_query, *of_asked = asked.backward(g_heard, True, learning, owing)
+        g_encoded, g_task, of_state = read.backward(
+            owing.spread(g_query), owing.spread(g_first), learning
+        )
+        g_inputs, *of_encoder = encoded.backward(
+            owing.taken(g_encoded.numpy()), wanted[1], learning, owing
+        )
         g_x = None
         if wanted[1]:
-            of_copies = (len(g_inputs), *ctx.shape[1:])
-            g_x = share(g_inputs).view(of_copies).sum_to_size(ctx.shape)
+            of_copies = (len(gradient), *ctx.shape[1:])
+            g_x = share(owing.spread(g_inputs)).view(of_copies).sum_to_size(ctx.shape)
         nothing = (None,) * 3
         if not learning:
             return None, g_x, *nothing, *(None for _ in wanted[5:])
@@ -177,15 +185,15 @@ class _State:
         )  # fmt: skip
 
     def backward(
-        self, g_query: Tensor, g_first: Tensor, learning: bool
+        self, g_query: Array, g_first: Array, learning: bool
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients at x, at H (C T, d) and at the layer's parameters."""
+        """Gradients at x, at H (C T, d) and at the layer's parameters, from (N, d) at the two."""
         out, width = torch.empty_like(self.product), self.product.shape[2]
         of_bias = out.new_zeros(len(out), width)
         of_norm = out.new_zeros(2, len(self.scale), width)
         of_task = out.new_zeros(self.task.shape)
         encode_backward(
-            flat(g_query), flat(g_first), flat(self.product), self.scale, self.task, self.routed,
+            g_query, g_first, flat(self.product), self.scale, self.task, self.routed,
             self.inverse, flat(self.state), flat(out), of_bias.numpy(), *of_norm.numpy(),
             of_task.numpy(),
         )  # fmt: skip
@@ -221,7 +229,7 @@ class _Route:
             self.suitable,
         )  # fmt: skip
 
-    def backward(self, g_weights: NDArray[Any]) -> Tensor:
+    def backward(self, g_weights: Array) -> Tensor:
         """The gradient at z."""
         out = torch.empty_like(self.z)
         weigh_backward(g_weights, self.places, self.powers, self.rescale, self.weights, out.numpy())
@@ -236,7 +244,6 @@ class _Modules:
     ) -> None:
         (copies, rows, width), modules = first.shape, len(route.weights)
         self.route, self.scratch, self.masked = route, network.scratch, network.shortcut_masked
-        self.size = max(1, CACHED_NUMBERS // (modules * width))
         self.normed = layer.scale is not None
         shape = (modules, copies * rows if learning else 0, width)
         self.buffers = [
@@ -249,34 +256,46 @@ class _Modules:
             (none if p is None else p).detach().numpy() for p in layer
         )
         _in_threads(
-            run_modules, first, self.size, first.numpy(), route.sources, route.weights, self.weight,
-            bias, self.scale, self.shift, self.m.numpy(), self.u.numpy(), self.x.numpy(),
-            self.inverse, self.out.numpy(),
+            run_modules, _blocks(range(0, copies * rows + 1, rows), modules * width), flat(first),
+            route.sources, route.weights, self.weight, bias, self.scale, self.shift,
+            self.m.numpy(), self.u.numpy(), self.x.numpy(), self.inverse, flat(self.out),
         )  # fmt: skip
         _tell(first, modules - 1)
 
     def backward(
-        self, gradient: Tensor, learning: bool
-    ) -> tuple[Tensor, NDArray[Any], list[Tensor | None]]:
-        """Gradients at ``first``, at the route's weights and at the layers' parameters."""
-        (copies, rows, width), modules, route = gradient.shape, len(self.m), self.route
-        g_first, g_weights = torch.empty_like(gradient), np.empty_like(route.weights)
-        of_blocks = gradient.new_zeros(copies, -(-rows // self.size), 3, modules - 1, width)
-        _in_threads(
-            run_modules_backward, gradient, self.size, gradient.numpy(), route.sources,
-            route.weights, route.suitable, self.masked, self.weight, self.scale, self.shift,
-            self.m.numpy(), self.x.numpy(), self.inverse, g_first.numpy(), g_weights,
-            of_blocks.flatten(0, 1).numpy(),
+        self, gradient: Array, learning: bool, owing: Owing
+    ) -> tuple[Array, Array, list[Tensor | None]]:
+        """Gradients at ``first``, at the route's weights and at the layers' parameters.
+
+        That (N, d) at ``out`` and at ``first`` are of the rows ``owing``.
+        """
+        (copies, rows), (modules, _, width), route = owing.shape, self.m.shape, self.route
+        m, x, inverse, sources, weights, suitable = (
+            a if owing.rows is None or not a.shape[1] else a.take(owing.rows, 1)
+            for a in (self.m.numpy(), self.x.numpy(), self.inverse, route.sources, route.weights,
+                      route.suitable)
         )  # fmt: skip
-        _tell(gradient, modules - 1)
+        g_first, g_weights = np.empty_like(gradient), np.empty_like(weights)
+        blocks = _blocks(owing.begins, modules * width)
+        of_blocks = np.zeros((len(blocks), 3, modules - 1, width), gradient.dtype)
+        _in_threads(
+            run_modules_backward, blocks, gradient, sources, weights, suitable, self.masked,
+            self.weight, self.scale, self.shift, m, x, inverse, g_first, g_weights, of_blocks,
+        )  # fmt: skip
+        _tell(self.out, modules - 1)
         of_layers: list[Tensor | None] = [None] * 4
         if learning:
             # x holds the gradients at the products u W by now.
             inputs, outputs = (t.view(modules, copies, rows, width) for t in (self.u, self.x))
             of_weight = torch.bmm(inputs[:-1].flatten(0, 1).mT, outputs[1:].flatten(0, 1))
             of_weight = of_weight.view(modules - 1, copies, width, width).transpose(0, 1)
-            of_layers = [of_weight.contiguous(), *of_blocks.sum(1).transpose(0, 1).contiguous()]
+            of_copies = torch.from_numpy(of_blocks).view(copies, -1, *of_blocks.shape[1:]).sum(1)
+            of_layers = [of_weight.contiguous(), *of_copies.transpose(0, 1).contiguous()]
             of_layers[2:] = of_layers[2:] if self.normed else [None, None]
+        if owing.rows is not None:
+            whole = np.zeros_like(route.weights)
+            whole[:, owing.rows] = g_weights
+            g_weights = whole
         self.scratch.give(*self.buffers)
         return g_first, g_weights, of_layers
 
@@ -290,14 +309,27 @@ def _tell(x: Tensor, layers: int) -> None:
         torch.bmm(*(torch.empty(shape, device="meta") for shape in shapes))
 
 
-def _in_threads(kernel: Callable[..., None], x: Tensor, size: int, *arguments: Any) -> None:
-    """Run ``kernel`` on all blocks of ``size`` rows of x (C, R, d), in as many threads as torch."""
+def _blocks(begins: Iterable[int], numbers: int) -> NDArray[np.int64]:
+    """Rows of each copy, as `run_modules` takes them; ``numbers``: outputs of all modules a row."""
+    size = max(1, CACHED_NUMBERS // numbers)
+    blocks = [
+        (copy, row, min(row + size, past))
+        for copy, (first, past) in enumerate(pairwise(begins))
+        for row in range(first, past, size)
+    ]
+    return np.array(blocks, np.int64).reshape(-1, 3)
+
+
+def _in_threads(kernel: Callable[..., None], blocks: NDArray[np.int64], *arguments: Any) -> None:
+    """Run ``kernel`` on all blocks, in as many threads as torch."""
     products_on_one_thread()
-    blocks = len(x) * -(-x.shape[1] // size)
-    threads = max(1, min(torch.get_num_threads(), blocks * size // ROWS_OF_A_THREAD))
-    if threads == 1:
-        kernel(0, blocks, size, *arguments)
+    count = len(blocks)
+    if not count:
         return
-    bounds = [blocks * thread // threads for thread in range(threads + 1)]
+    threads = max(1, min(torch.get_num_threads(), int(blocks[-1, 2]) // ROWS_OF_A_THREAD))
+    if threads == 1:
+        kernel(0, count, blocks, *arguments)
+        return
+    bounds = [count * thread // threads for thread in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda a, b: kernel(a, b, size, *arguments), bounds[:-1], bounds[1:]))
+        list(pool.map(lambda a, b: kernel(a, b, blocks, *arguments), bounds[:-1], bounds[1:]))

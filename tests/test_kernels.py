@@ -34,6 +34,8 @@ def zeros(*shape: int) -> NDArray[np.float32]:
 ABSENT, NO_MARKS = zeros(0, 0), np.zeros((0, 0), bool)
 PLACES = np.array([[[[0], [0]], [[1], [0]], [[2], [0]]]], np.int32)
 SOURCES = PLACES[0].transpose(0, 2, 1).astype("i8").repeat(3, 1)
+BLOCKS = np.array([[0, 0, 2], [0, 2, 3]])
+ALL, SOME = np.array([0, 6, 12]), np.array([0, 2, 5])  # of two layers' rows
 
 CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
     "activate": (
@@ -52,16 +54,16 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    normal(2, 2), NO_MARKS, normal(3, 2, d), zeros(0, 0, 0), zeros(2, 2)],
     ),
     "run_modules": (
-        lambda *a: kernels.run_modules(0, 2, 2, *a),
-        lambda d: [normal(1, 3, d), SOURCES, normal(3, 3, 2), normal(1, 2, d, d),
+        lambda *a: kernels.run_modules(0, 2, BLOCKS, *a),
+        lambda d: [normal(3, d), SOURCES, normal(3, 3, 2), normal(1, 2, d, d),
                    *(normal(1, 2, 1, d) for _ in range(3)), *(zeros(3, 3, d) for _ in range(3)),
-                   zeros(3, 3), zeros(1, 3, d)],
+                   zeros(3, 3), zeros(3, d)],
     ),
     "run_modules_backward": (
-        lambda *a: kernels.run_modules_backward(0, 2, 2, *a[:4], False, *a[4:]),
-        lambda d: [normal(1, 3, d), SOURCES, normal(3, 3, 2), SOURCES == 0, normal(1, 2, d, d),
+        lambda *a: kernels.run_modules_backward(0, 2, BLOCKS, *a[:4], False, *a[4:]),
+        lambda d: [normal(3, d), SOURCES, normal(3, 3, 2), SOURCES == 0, normal(1, 2, d, d),
                    *(normal(1, 2, 1, d) for _ in range(2)), *(normal(3, 3, d) for _ in range(2)),
-                   np.abs(normal(3, 3)), zeros(1, 3, d), zeros(3, 3, 2), zeros(2, 3, 2, d)],
+                   np.abs(normal(3, 3)), zeros(3, d), zeros(3, 3, 2), zeros(2, 3, 2, d)],
     ),
     "run_layer": (
         lambda x, w, b, s, h, *a: kernels.run_layer(x, w, b, s, h, True, *a),
@@ -74,17 +76,25 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int], Arrays]]] = {
                    zeros(2, 0, 1)],
     ),
     "run_layer_backward": (
-        lambda g, x, w, s, h, *a: kernels.run_layer_backward(g, x, w, s, h, True, *a),
-        lambda d: [normal(2, 6, d), normal(1, 6, 5), normal(2, 5, d), normal(2, d), normal(2, d),
-                   normal(2, 6, d), np.abs(normal(2, 6)), zeros(2, 6, d), zeros(4, d), zeros(2, d),
-                   zeros(2, d), zeros(2, 5, d), zeros(2, 6, 5)],
+        lambda g, x, w, s, h, *a: kernels.run_layer_backward(ALL, g, x, w, s, h, True, *a),
+        lambda d: [normal(12, d), normal(1, 6, 5), normal(2, 5, d), normal(2, d), normal(2, d),
+                   normal(12, d), np.abs(normal(12)), zeros(12, d), zeros(4, d), zeros(2, d),
+                   zeros(2, d), zeros(2, 5, d), zeros(12, 5)],
     ),
     "run_layer_backward, linear": (
         lambda g, x, w, *a: kernels.run_layer_backward(
-            g, x, w, ABSENT, ABSENT, False, zeros(2, 6, 1), zeros(2, 0), g, *a
+            ALL, g, x, w, ABSENT, ABSENT, False, zeros(12, 1), zeros(0), g, *a
         ),
-        lambda d: [normal(2, 6, 1), normal(2, 6, d), normal(2, d, 1), zeros(2, 1), ABSENT, ABSENT,
-                   zeros(2, d, 1), zeros(2, 6, d)],
+        lambda d: [normal(12, 1), normal(2, 6, d), normal(2, d, 1), zeros(2, 1), ABSENT, ABSENT,
+                   zeros(2, d, 1), zeros(12, d)],
+    ),
+    "run_layer_backward, some rows": (
+        lambda g, w, s, h, *a: kernels.run_layer_backward(
+            SOME, g, zeros(1, 6, 5), w, s, h, True, *a[:-1], zeros(0, 5, 0), a[-1]
+        ),
+        lambda d: [normal(5, d), normal(2, 5, d), normal(2, d), normal(2, d), normal(5, d),
+                   np.abs(normal(5)), zeros(5, d), zeros(2, d), zeros(2, d), zeros(2, d),
+                   zeros(5, 5)],
     ),
     "encode": (
         lambda x, b, s, h, task, *a: kernels.encode(x, b, s, h, task, True, *a),

@@ -275,6 +275,24 @@ def test_frozen_parameters_still_pass_gradients_to_the_input() -> None:
     torch.testing.assert_close(torch.autograd.grad((output * weight).sum(), x)[0], expected)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_rows_that_owe_nothing_cost_nothing_and_change_nothing(
+    layer_norm: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, x = build(layer_norm=layer_norm), observations().requires_grad_()
+    monkeypatch.setattr(routing_cpu, "CACHED_NUMBERS", M * UNITS * 5)  # 5 rows at a time
+    network.requires_grad_(False)
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr("algorithms.nn.COMPILED", compiled)
+        output, _ = network(x, "top_k")
+        draws = torch.rand(output.shape[:-1], generator=torch.Generator().manual_seed(3))
+        found.append(torch.autograd.grad((output.sin() * (draws < share)[..., None]).sum(), x)[0])
+    torch.testing.assert_close(*found)
+    assert bool(found[0].any()) == (share > 0)
+
+
 @pytest.mark.usefixtures("either_way")
 def test_a_path_holds_k_sources_and_the_largest_ones() -> None:
     network = build()

@@ -18,7 +18,16 @@ from torch.distributions.transforms import TanhTransform
 
 from algorithms.agent import Batch, Plan
 from algorithms.mt_sac import MTSAC, MTSACConfig
-from algorithms.nn import LayerNorm, Linear, TaskLinear, initialise, mlp, split_gaussian, squash
+from algorithms.nn import (
+    LayerNorm,
+    Linear,
+    Owing,
+    TaskLinear,
+    initialise,
+    mlp,
+    split_gaussian,
+    squash,
+)
 from algorithms.sac import ARS, Adam, clip_slices, frozen, learned
 from suites.base import SuiteSpec
 
@@ -548,6 +557,61 @@ def test_adam_steps_every_group_at_its_own_rate() -> None:
         found.append(torch.cat([p.detach() for p in parameters]))
     assert torch.equal(*found)
     assert not torch.equal(found[0][0], found[0][-1])
+
+
+def chosen(kind: str, shape: torch.Size) -> Tensor:
+    """Which rows (C, ..) owe something: of each one copy's (some in both), one's, none or all."""
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    match kind:
+        case "the less of two":
+            return draws == draws.amin(0)
+        case "some of both":
+            return draws < 0.4
+        case "one copy":
+            return (torch.arange(len(draws)) == 1).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        case "none":
+            return torch.zeros(shape, dtype=torch.bool)
+    return torch.ones(shape, dtype=torch.bool)
+
+
+OWED = ["the less of two", "some of both", "one copy", "none", "all"]
+
+
+@pytest.mark.parametrize("owed", OWED)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_frozen_layers_pass_back_what_rows_owe_and_nothing_else(
+    threads: int, layer_norm: bool, owed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = mlp(O, [7, 6], 4, copies=2, one_hot=T, layer_norm=layer_norm).double()
+    initialise(network, "torch", torch.Generator().manual_seed(0))
+    network.requires_grad_(False)
+    monkeypatch.setattr("algorithms.nn.ROWS_OF_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = make_batch().obs[None].requires_grad_()  # one copy for both
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr("algorithms.nn.COMPILED", compiled)
+        y = network(x)
+        rows = chosen(owed, y.shape[:-1])[..., None]
+        found.append(torch.autograd.grad((y.sin() * rows).sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert bool(found[0].any()) == (owed != "none")
+
+
+def test_a_row_of_the_less_of_two_critics_costs_one_of_them() -> None:
+    less = chosen("the less of two", torch.Size((2, T, B)))
+    gradient = less.flatten(1)[..., None].numpy().astype(np.float32)
+    owing = Owing.of(gradient, learning=False)
+    assert owing.rows is not None
+    assert len(owing.rows) == owing.begins[-1] == T * B
+    assert owing.begins.tolist() == [0, int(less[0].sum()), T * B]
+    assert np.array_equal(owing.spread(owing.taken(gradient)), gradient.reshape(-1, 1))
+    assert Owing.of(gradient, learning=True).rows is None
+    gradient[0, 0] = np.nan  # must surface
+    rows = Owing.of(gradient, learning=False).rows
+    assert rows is not None
+    assert rows[0] == 0
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
