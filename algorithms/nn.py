@@ -343,7 +343,7 @@ class Layer:
     Arrays, not tensors, because many short steps spend less on them.
 
     On one thread products are part of the compiled pass, which finds their results in a cache and
-    makes small ones at little cost. Torch computes them where it has more threads for many rows,
+    makes small ones at little cost. Torch computes them where it has more threads for large ones,
     and where they are counted or replaced (`algorithms.precision`) as it starts them.
     """
 
@@ -355,7 +355,7 @@ class Layer:
         layers, rows, width = len(self.weight), x.shape[1], weight.shape[-1]
         self.shape = layers, rows, width
         self.by_torch = is_in_torch_dispatch_mode() or (
-            torch.get_num_threads() > 1 and layers * rows >= ROWS_OF_A_THREAD * 2
+            torch.get_num_threads() > 1 and self.x[0].size * layers * width >= WORK_OF_THREADS
         )
         self.biases, self.pre = len(bias), np.empty(self.shape, kind)
         self.inverse = np.empty((layers, rows if len(self.scale) else 0), kind)
@@ -462,6 +462,16 @@ class Owing(NamedTuple):
         whole[self.rows] = part
         return whole
 
+    def times(self, gradient: Tensor, weight: Tensor) -> Array:
+        """g W^T of these rows, (N, inputs), for gradient (G, R, d) and weight (G, inputs, d)."""
+        if self.rows is None:
+            return torch.bmm(gradient, weight.mT).numpy().reshape(-1, weight.shape[1])
+        part, transposed = self.taken(gradient.numpy()), weight.detach().mT.numpy()
+        out = np.empty((len(part), weight.shape[1]), part.dtype)
+        for a, b, of in self.alike():
+            _product(part[None, a:b], transposed[of], out[a:b])
+        return out
+
     def alike(self) -> Iterator[tuple[int, int, slice]]:
         """First row, past the last, and which of the G have them, the same number each."""
         if self.rows is None:
@@ -475,8 +485,8 @@ class Owing(NamedTuple):
 MOST = 0.9
 """Share of rows from which on taking out the others would not pay."""
 
-ROWS_OF_A_THREAD = 512
-"""Rows below which a thread of its own would not pay."""
+WORK_OF_THREADS = 2**24
+"""Multiplications of a layer's product below which a second thread would not pay."""
 
 
 def _product(x: Array, weight: Array, out: Array) -> None:

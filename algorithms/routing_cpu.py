@@ -35,13 +35,16 @@ from algorithms.kernels import (
     weigh,
     weigh_backward,
 )
-from algorithms.nn import ROWS_OF_A_THREAD, Dense, Layer, LayerNorm, Linear, Owing, flat
+from algorithms.nn import Dense, Layer, LayerNorm, Linear, Owing, flat
 
 if TYPE_CHECKING:
     from algorithms.routing import RoutedNetwork
 
 CACHED_NUMBERS = 2**16
 """Module outputs (numbers) of the rows that are taken through all modules at once."""
+
+ROWS_OF_A_THREAD = 512
+"""Rows below which a thread of its own would not pay."""
 
 
 def run(
@@ -138,15 +141,11 @@ class _Run(torch.autograd.Function):
         g_first, *of_first = begun.backward(g_begun, True, learning, owing)
         g_z = route.backward(g_weights).mT  # (C, R, L)
         of_logits = [*_linear(share(heard.out), g_z), None, None] if learning else []
-        g_hidden = owing.taken(torch.bmm(g_z, logits.weight.mT).numpy())
+        g_hidden = owing.times(g_z, logits.weight)
         g_heard, *of_heard = heard.backward(g_hidden, True, learning, owing)
         g_query, *of_asked = asked.backward(g_heard, True, learning, owing)
-        g_encoded, g_task, of_state = read.backward(
-            owing.spread(g_query), owing.spread(g_first), learning
-        )
-        g_inputs, *of_encoder = encoded.backward(
-            owing.taken(g_encoded.numpy()), wanted[1], learning, owing
-        )
+        g_encoded, g_task, of_state = read.backward(g_query, g_first, learning, owing)
+        g_inputs, *of_encoder = encoded.backward(g_encoded, wanted[1], learning, owing)
         g_x = None
         if wanted[1]:
             of_copies = (len(gradient), *ctx.shape[1:])
@@ -185,20 +184,23 @@ class _State:
         )  # fmt: skip
 
     def backward(
-        self, g_query: Array, g_first: Array, learning: bool
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients at x, at H (C T, d) and at the layer's parameters, from (N, d) at the two."""
+        self, g_query: Array, g_first: Array, learning: bool, owing: Owing
+    ) -> tuple[Array, Tensor, list[Tensor | None]]:
+        """Gradients at x, at H (C T, d) and at the layer's parameters.
+
+        Those (N, d) at query and first and at x are of the rows ``owing``.
+        """
         out, width = torch.empty_like(self.product), self.product.shape[2]
         of_bias = out.new_zeros(len(out), width)
         of_norm = out.new_zeros(2, len(self.scale), width)
         of_task = out.new_zeros(self.task.shape)
         encode_backward(
-            g_query, g_first, flat(self.product), self.scale, self.task, self.routed,
-            self.inverse, flat(self.state), flat(out), of_bias.numpy(), *of_norm.numpy(),
-            of_task.numpy(),
+            owing.spread(g_query), owing.spread(g_first), flat(self.product), self.scale, self.task,
+            self.routed, self.inverse, flat(self.state), flat(out), of_bias.numpy(),
+            *of_norm.numpy(), of_task.numpy(),
         )  # fmt: skip
         of_weight = torch.bmm(self.x.mT, out) if learning else None
-        return torch.bmm(out, self.weight.mT), of_task, [of_weight, of_bias, *of_norm]
+        return owing.times(out, self.weight), of_task, [of_weight, of_bias, *of_norm]
 
 
 class _Route:

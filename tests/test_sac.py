@@ -586,7 +586,7 @@ def test_frozen_layers_pass_back_what_rows_owe_and_nothing_else(
     network = mlp(O, [7, 6], 4, copies=2, one_hot=T, layer_norm=layer_norm).double()
     initialise(network, "torch", torch.Generator().manual_seed(0))
     network.requires_grad_(False)
-    monkeypatch.setattr("algorithms.nn.ROWS_OF_A_THREAD", 1)
+    monkeypatch.setattr("algorithms.nn.WORK_OF_THREADS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = make_batch().obs[None].requires_grad_()  # one copy for both
     found = []
@@ -620,7 +620,7 @@ def test_more_threads_compute_the_same_layers(
 ) -> None:
     network = mlp(O, [7, 6], 4, copies=2, one_hot=T, layer_norm=layer_norm).double()
     initialise(network, "torch", torch.Generator().manual_seed(0))
-    monkeypatch.setattr("algorithms.nn.ROWS_OF_A_THREAD", 1)
+    monkeypatch.setattr("algorithms.nn.WORK_OF_THREADS", 1)
     x = make_batch().obs[None].requires_grad_()
     found = []
     for threads in (1, 2):  # products in the compiled pass, and by torch
