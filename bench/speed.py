@@ -210,8 +210,8 @@ def speed_rows(
     Each figure is the least of `ROUNDS` medians, all rows of one setting being measured in turns.
     ``update_ms``, ``act_ms``, ``step_ms`` (the simulator's): milliseconds per call for all tasks.
     ``ratio``: an update's to that of the first algorithm. ``gflop``: the work of an update's matrix
-    products; ``peak_share``: at their rate, against that of one large product (`PEAK_SHAPE`),
-    which is measured in the same turns.
+    products, as plain backpropagation makes them; ``peak_share``: at their rate, against that of
+    one large product (`PEAK_SHAPE`), which is measured in the same turns.
     ``steps_per_second``: training steps of all tasks together, without evaluations.
     """
     machine.keep_freed_memory()
