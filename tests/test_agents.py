@@ -19,6 +19,7 @@ import algorithms
 import suites
 from algorithms.agent import Action, Agent, Batch
 from algorithms.mt_sac import MTSAC
+from algorithms.sac import SAC, frozen, learned
 from bench.evaluate import evaluate
 from bench.spec import RunSpec, SpecError
 from bench.store import RunStore
@@ -320,6 +321,29 @@ def test_no_parameter_is_left_out_of_training(algorithm: str, toy_spec: ToySpec)
             for name, p in getattr(agent, network).named_parameters()
         }
         assert all(moved.values()), [name for name, yes in moved.items() if not yes]
+
+
+def test_actor_gets_the_gradient_of_the_critic_that_a_row_has(
+    algorithm: str, toy_spec: ToySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled loops leave the other one out; tensor operations take both back."""
+    agent = begun(toy_spec(algorithm))
+    assert isinstance(agent, SAC)
+    batch, noise, found = make_batch(agent, 24), agent.noise.get_state(), []
+    draws = torch.rand(2, 3, 24, 1, generator=torch.Generator().manual_seed(5))
+    for compiled in (True, False):
+        monkeypatch.setattr("algorithms.nn.COMPILED", compiled)
+        agent.noise.set_state(noise)
+        action = batch.action.clone().requires_grad_()
+        with frozen(learned(agent.critic_optimizer)):
+            q = agent.value(agent.critic, batch.obs, action, "policy")
+        (q * (draws == draws.amin(0))).sum().backward()
+        found.append(action.grad)
+    ours, theirs = found
+    assert theirs is not None
+    largest = float(theirs.abs().max())
+    assert largest > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * largest)
 
 
 UPDATES = {"hard_routing": 1000}
